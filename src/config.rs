@@ -1,0 +1,165 @@
+//! Final configuration types: past this file there is no `Option` that means "default" and no string
+//! that means an address.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+/// Everything that `weft run` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    pub node: NodeConfig,
+    pub kube: KubeConfig,
+    pub dns: DnsConfig,
+    pub proxy: ProxyConfig,
+    pub balancer: BalancerConfig,
+    pub tunnel: TunnelConfig,
+    pub relay: RelayConfig,
+    pub admin: AdminConfig,
+    pub services: Vec<StaticService>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeConfig {
+    /// Empty: the bundle's name, else the host's.
+    pub name: String,
+    pub zone: String,
+    pub network: String,
+    pub state_dir: PathBuf,
+    pub bundle: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct KubeConfig {
+    /// Paths, the last component of each may hold `*`.
+    pub manifests: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodNames {
+    Disabled,
+    Insecure,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DnsConfig {
+    pub enable: bool,
+    /// Where the responder is reached: weft0's address.
+    pub listen: SocketAddr,
+    pub domain: String,
+    pub ttl: u32,
+    pub pods: PodNames,
+    pub upstream: Vec<Upstream>,
+    /// Entries of the cache of foreign names.
+    pub cache: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upstream {
+    Server(SocketAddr),
+    ResolvConf(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    Auto,
+    Iptables,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProxyConfig {
+    pub enable: bool,
+    pub backend: Backend,
+    /// Interfaces whose clients are caught; empty: all but those of a default route.
+    pub interfaces: Vec<String>,
+    pub external_ips: bool,
+    /// One bit of the packet mark: set on our own sockets.
+    pub mark: u32,
+    pub max_connections: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    RoundRobin,
+    Random,
+    Sticky,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct BalancerConfig {
+    pub default: Policy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    Auto,
+    Router,
+    Server,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Congestion {
+    Auto,
+    Bbr,
+    Cubic,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TunnelConfig {
+    pub enable: bool,
+    pub listen: SocketAddr,
+    pub profile: Profile,
+    pub congestion: Congestion,
+    /// `name@host:port`; those of the bundle are used too.
+    pub relays: Vec<RelayName>,
+}
+
+/// A relay as the user writes it: `name@host:port`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayName {
+    pub name: String,
+    pub host: String,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct RelayConfig {
+    pub enable: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdminConfig {
+    pub socket: PathBuf,
+}
+
+/// `[[service]]`: a Service without any Kubernetes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StaticService {
+    pub name: String,
+    pub namespace: String,
+    /// None: headless.
+    pub ip: Option<IpAddr>,
+    pub ports: Vec<StaticPort>,
+    pub endpoints: Vec<StaticEndpoint>,
+    /// ClientIP affinity's timeout in seconds, 1..=86,400 (Kubernetes API: ClientIPConfig); None: no affinity.
+    pub sticky: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct StaticPort {
+    pub name: String,
+    pub port: u16,
+    /// The endpoints' port; `port` where the user gave none.
+    pub target: u16,
+    pub protocol: crate::table::model::Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct StaticEndpoint {
+    pub address: IpAddr,
+    /// Overrides the port's target for this endpoint.
+    pub port: Option<u16>,
+    pub node: Option<String>,
+    pub hostname: Option<String>,
+}

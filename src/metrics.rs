@@ -1,0 +1,137 @@
+//! Counters: plain cells, one thread (MIPS32 has no `AtomicU64`). The doc comment of a field is its help text.
+
+use std::cell::Cell;
+
+macro_rules! counters {
+    ($(#[$top:meta])* $name:ident, $prefix:literal { $($(#[doc = $help:literal])+ $field:ident,)* }) => {
+        $(#[$top])*
+        #[derive(Debug, Default)]
+        pub struct $name { $($(#[doc = $help])+ pub $field: Cell<u64>,)* }
+        impl $name {
+            /// (name, help, value) of each counter, in the order of the source.
+            pub fn each(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> + '_ {
+                [$((concat!($prefix, "_", stringify!($field)), concat!($($help),+).trim_ascii(), self.$field.get()),)*].into_iter()
+            }
+        }
+    };
+}
+
+/// Adds one.
+pub fn bump(counter: &Cell<u64>) {
+    add(counter, 1);
+}
+
+pub fn add(counter: &Cell<u64>, by: u64) {
+    counter.set(counter.get().wrapping_add(by));
+}
+
+counters! {
+    /// What the DNS responder counts.
+    DnsCounters, "dns" {
+        /// Queries received.
+        queries,
+        /// Queries answered from the table.
+        answered,
+        /// Queries sent on to an upstream.
+        forwarded,
+        /// Answers from the cache.
+        cached,
+        /// Queries that no upstream answered.
+        upstream_timeouts,
+        /// Messages that are not a query we can read.
+        malformed,
+        /// Queries dropped because too many were pending.
+        overflow,
+    }
+}
+
+counters! {
+    /// What the proxy counts.
+    ProxyCounters, "proxy" {
+        /// Connections accepted.
+        accepted,
+        /// Connections closed at once because they were not redirected to a known VIP.
+        refused_surface,
+        /// Connections refused because max_connections was reached.
+        refused_full,
+        /// Connections that found no endpoint.
+        no_endpoint,
+        /// Connects that failed and were tried on another endpoint.
+        retries,
+        /// Connections on which every endpoint failed.
+        failed,
+        /// Bytes from clients to endpoints.
+        bytes_up,
+        /// Bytes from endpoints to clients.
+        bytes_down,
+        /// Streams opened by peers for our endpoints.
+        remote_opens,
+        /// Streams of peers refused because the endpoint is not ours.
+        remote_refused,
+        /// Rule sets written to the kernel.
+        rule_syncs,
+        /// Rule sets that the kernel refused.
+        rule_errors,
+    }
+}
+
+counters! {
+    /// What the tunnel counts.
+    TunnelCounters, "tunnel" {
+        /// Datagrams received.
+        rx_datagrams,
+        /// Bytes received in datagrams.
+        rx_bytes,
+        /// Datagrams sent.
+        tx_datagrams,
+        /// Bytes sent in datagrams.
+        tx_bytes,
+        /// Datagrams that the kernel refused to send.
+        send_errors,
+        /// Datagrams dropped: first byte of no known frame.
+        unknown_first_byte,
+        /// Initials dropped: foreign QUIC version or an old psk epoch.
+        foreign_version,
+        /// Initials dropped: destination CID under 8 bytes, or one that does not name our key.
+        foreign_dcid,
+        /// Initials dropped: they do not open under our key and psk.
+        initial_undecryptable,
+        /// Long-header packets of no connection that are no Initial.
+        stray_long_header,
+        /// Short-header packets whose CID is none of ours.
+        stray_short_header,
+        /// Handshakes refused: certificate of another CA, expired, or not for the key.
+        bad_certificate,
+        /// Handshakes finished.
+        handshakes,
+        /// Handshakes that failed or timed out.
+        handshake_failures,
+        /// Initials answered with Retry because too many handshakes were half open.
+        retries_sent,
+        /// Relay frames whose tag or flow did not fit.
+        relay_rejects,
+        /// Relay control messages that did not open or were replayed.
+        control_rejects,
+        /// Datagrams relayed for others.
+        relayed_datagrams,
+        /// Bytes relayed for others.
+        relayed_bytes,
+        /// Datagrams not relayed: rate, burst or queue limits.
+        relay_drops,
+        /// Handshake work put off: the public-key budget was used up.
+        budget_exceeded,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_help_and_values() {
+        let c = DnsCounters::default();
+        bump(&c.queries);
+        add(&c.queries, 2);
+        assert_eq!(c.each().next(), Some(("dns_queries", "Queries received.", 3)));
+    }
+}

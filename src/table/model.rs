@@ -1,0 +1,143 @@
+//! What a cluster consists of, reduced to what DNS, proxy and tunnel need.
+
+use std::{net::IpAddr, rc::Rc, time::Duration};
+
+/// An interned name; cloning is a count.
+pub type Name = Rc<str>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+/// Where an object was told of. A later one wins by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// `[[service]]` of the config.
+    Config,
+    /// Files of `[kube] manifests`.
+    Manifests,
+    /// The API server or metaServer.
+    Api,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceId {
+    pub namespace: Name,
+    pub name: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServiceKind {
+    /// Has virtual addresses; of type ClusterIP, NodePort or LoadBalancer.
+    ClusterIp,
+    /// `clusterIP: None`.
+    Headless,
+    /// A CNAME and nothing else.
+    External(Name),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Empty where the only port has no name.
+    pub name: Name,
+    pub number: u16,
+    pub protocol: Protocol,
+    /// 0: none.
+    pub node_port: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Affinity {
+    None,
+    ClientIp {
+        /// Counted from the last use.
+        timeout: Duration,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub id: ServiceId,
+    pub kind: ServiceKind,
+    /// clusterIPs; empty until allocated, and for headless ones.
+    pub vips: Vec<IpAddr>,
+    /// externalIPs and the load balancer's ingress addresses.
+    pub external_ips: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    pub affinity: Affinity,
+    /// internalTrafficPolicy: Local.
+    pub local_only: bool,
+    /// Carries a label that gives it to another proxy (`service.kubernetes.io/service-proxy-name`, …/headless).
+    pub not_proxied: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SliceId {
+    pub namespace: Name,
+    pub name: Name,
+}
+
+/// An EndpointSlice (or one subset of an Endpoints object).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    pub id: SliceId,
+    /// The Service's name, in the slice's namespace.
+    pub service: Name,
+    pub ports: Vec<SlicePort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// The target port of a slice, joined to the Service's port by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    pub name: Name,
+    pub number: u16,
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub hostname: Option<Name>,
+    pub node: Option<Name>,
+    pub zone: Option<Name>,
+    /// Name of the Pod that it stands for.
+    pub pod: Option<Name>,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeInfo {
+    pub name: Name,
+    pub addresses: Vec<IpAddr>,
+    pub zone: Option<Name>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    Service(Service),
+    Slice(Slice),
+    Node(NodeInfo),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ObjectId {
+    Service(ServiceId),
+    Slice(SliceId),
+    Node(Name),
+}
+
+/// What a source says; the only input of the reducer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A complete list begins: what it does not name is swept at [`Change::Complete`].
+    Begin(Source),
+    Apply(Source, Object),
+    Delete(Source, ObjectId),
+    Complete(Source),
+}

@@ -1,0 +1,2 @@
+//! One integration binary.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
