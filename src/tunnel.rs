@@ -1,128 +1,366 @@
-//! The tunnel's driver: one UDP socket under the sans-IO core; handles and streams for the rest of the process.
+//! The tunnel's driver: one UDP socket under the sans-IO [`node::Node`], and the handles and streams by which
+//! the rest of the process uses it.
 
-use crate::table::model::{Protocol, ServiceId};
-use futures_lite::io::{AsyncRead, AsyncWrite};
-use std::{
-    io,
-    net::SocketAddr,
-    pin::Pin,
-    task::{Context, Poll},
+mod cid;
+mod control;
+mod dial;
+mod drive;
+mod frame;
+mod gate;
+mod home;
+pub mod identity;
+mod keys;
+pub mod node;
+pub mod noise;
+mod open;
+mod outbox;
+mod path;
+mod peer;
+mod relay;
+mod slot;
+mod stream;
+mod streams;
+mod transport;
+
+pub use home::RelaySpec;
+pub use keys::Key;
+pub use relay::RelayLoad;
+pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
+pub use streams::Progress;
+
+use crate::{
+    clock::Clock,
+    config::TunnelConfig,
+    metrics::{TunnelCounters, bump},
 };
+use anyhow::{Context as _, bail};
+use futures_lite::{
+    FutureExt as _,
+    future::{or, yield_now},
+};
+use identity::{Bundle, KeyPair, Secret};
+use node::{Event, Node, NodeConfig, Output};
+use noise::Local;
+use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use smol::{Async, Timer};
+use std::{
+    collections::VecDeque,
+    future::Future,
+    io::{self, IoSliceMut},
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    pin::Pin,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicU32},
+    time::{Duration, Instant},
+};
+use stream::Shared;
 
-/// What a stream asks of the far node: one of *its own* endpoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Open {
-    pub service: ServiceId,
-    /// The Service's port, not the endpoint's.
-    pub port: u16,
-    pub protocol: Protocol,
-    pub endpoint: SocketAddr,
+/// Datagrams, or batches of them, that one receive call takes.
+const RX_BATCH: usize = 4;
+/// The largest batch that the kernel hands over by GRO.
+const RX_BUFFER: usize = 64 << 10;
+/// Receive calls, or sends, before the other tasks have their turn.
+const BUDGET: usize = 16;
+/// Segments of one send: above this the gain is small and the burst is long.
+const GSO_MOST: usize = 32;
+/// What the kernel keeps for us while other tasks run; it may grant less.
+const SOCKET_BUFFER: usize = 1 << 20;
+/// Relays' names that wait to be looked up; there are at most 8 relays.
+const LOOKUPS_MAX: usize = 16;
+
+/// Looks up a host name, for relays that are given by name.
+pub type Lookup = Rc<dyn Fn(String) -> Pin<Box<dyn Future<Output = anyhow::Result<Vec<IpAddr>>>>>>;
+
+type Resolving = Pin<Box<dyn Future<Output = (usize, Result<SocketAddr, String>)>>>;
+
+/// See the module.
+pub struct Driver {
+    socket: Async<UdpSocket>,
+    udp: UdpSocketState,
+    shared: Rc<Shared>,
+    lookup: Lookup,
+    clock: Clock,
+    count: Rc<TunnelCounters>,
+    lookups: VecDeque<(usize, u16, String)>,
+    resolving: Option<Resolving>,
+    v6: bool,
 }
 
-/// The far end's answer to an [`Open`], or why there is none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The far node's table does not say that the endpoint is its own.
-    NotMine,
-    /// The far node could not connect to its endpoint.
-    ConnectFailed(String),
-    /// Too many streams are waiting.
-    Busy,
-    /// No path to the node, or the connection was lost before an answer; the text says which.
-    Unreachable(String),
+/// What the driver needs beside the `[tunnel]` section.
+pub struct Setup {
+    pub name: String,
+    pub bundle: Bundle,
+    /// The node's own key, where the bundle has none.
+    pub key: Option<Secret<[u8; 32]>>,
+    pub is_relay: bool,
+    pub mark: u32,
+    pub lookup: Lookup,
+    pub clock: Clock,
+    pub counters: Rc<TunnelCounters>,
 }
 
-/// Cheap to clone; every part of the process that opens streams has one.
-#[derive(Clone, Debug)]
-pub struct Handle(());
-
-impl Handle {
-    /// Queues an OPEN; data may be written at once and travels right behind it.
-    #[must_use]
-    pub fn open(&self, node: &str, open: &Open) -> TunnelStream {
-        let _ = (node, open);
-        TunnelStream(())
+impl Driver {
+    /// # Errors
+    /// When the port is taken, or the bundle has no key, or a relay of the config has no certificate.
+    pub fn bind(config: &TunnelConfig, setup: Setup) -> anyhow::Result<(Self, Handle)> {
+        let Setup { name, bundle, key, is_relay, mark, lookup, clock, counters } = setup;
+        let secret =
+            key.or_else(|| bundle.key.clone()).context("the bundle has no key and the node has none either")?;
+        let pair = KeyPair::from_private(secret)?;
+        if pair.public != bundle.certificate.key {
+            bail!("the certificate of {} is not for this node's key", bundle.certificate.name);
+        }
+        let unix = u32::try_from(clock.unix()).unwrap_or(u32::MAX);
+        let mut relays: Vec<RelaySpec> = Vec::new();
+        for wanted in &config.relays {
+            let known = bundle.relays.iter().find(|r| r.at.name == wanted.name);
+            let known = known.with_context(|| {
+                format!(
+                    "tunnel.relays: the bundle holds no certificate of {:?}: issue it again with --relay",
+                    wanted.name
+                )
+            })?;
+            relays.push(RelaySpec {
+                certificate: known.certificate.clone(),
+                host: wanted.host.clone(),
+                port: wanted.port,
+            });
+        }
+        for known in &bundle.relays {
+            if !relays.iter().any(|r| r.certificate.name == known.at.name) {
+                let (host, port) = (known.at.host.clone(), known.at.port);
+                relays.push(RelaySpec { certificate: known.certificate.clone(), host, port });
+            }
+        }
+        relays.retain(|r| r.certificate.name != name);
+        let local = Local {
+            secret: keys::Key(*pair.private.expose()),
+            public: pair.public,
+            certificate: bundle.certificate.encode(),
+            ca: bundle.ca,
+            psks: bundle.psks.iter().map(|p| (p.epoch, keys::Key(*p.key.expose()))).collect(),
+            unix: Arc::new(AtomicU32::new(unix)),
+            entropy: None,
+            is_relay,
+        };
+        let (socket, v6) = bind(config.listen)?;
+        if let Err(error) = crate::sys::set_mark(&socket, mark) {
+            log::warn!(target: "tunnel", "the UDP socket has no mark ({error}): our own rules may catch its packets");
+        }
+        let udp = UdpSocketState::new(UdpSockRef::from(socket.get_ref()))?;
+        let _ = udp.set_recv_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
+        let _ = udp.set_send_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
+        let node = NodeConfig {
+            local,
+            name,
+            relays,
+            profile: config.profile,
+            congestion: config.congestion,
+            gso: 1,
+            seed: None,
+        };
+        let node = Node::new(node, clock.now(), fastrand::Rng::new(), Rc::clone(&counters));
+        let shared = Shared::new(node, clock);
+        let handle = Handle::new(&shared);
+        let driver =
+            Self { socket, udp, shared, lookup, clock, count: counters, lookups: VecDeque::new(), resolving: None, v6 };
+        Ok((driver, handle))
     }
 
-    /// The next stream that a peer opened, with the peer's name.
-    pub async fn accept(&self) -> (TunnelStream, String, Open) {
-        std::future::pending().await
-    }
-}
-
-/// One end of a stream. `poll_close` sends FIN and leaves the other direction open; drop resets both.
-#[derive(Debug)]
-pub struct TunnelStream(());
-
-impl TunnelStream {
-    /// Waits for the far end's answer to our OPEN.
+    /// The UDP port that peers reach us on.
     ///
     /// # Errors
-    /// When the far end refuses or cannot be reached: nothing that was written has reached the endpoint.
-    pub async fn opened(&mut self) -> Result<(), Refusal> {
-        Err(Refusal::Unreachable("the tunnel is off".into()))
+    /// Never for a bound socket.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.get_ref().local_addr()
     }
 
-    /// Answers a peer's OPEN.
-    pub fn answer(&mut self, answer: Result<(), Refusal>) {
-        let _ = answer;
+    /// Runs until [`Handle::close`].
+    ///
+    /// # Errors
+    /// When the socket can no longer be waited for.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let most = self.udp.max_gso_segments().min(GSO_MOST);
+        let gso = if most > 1 && probe_gso().await { most } else { 1 };
+        log::debug!(target: "tunnel", "segments per send: {gso}, per receive: {}", self.udp.gro_segments());
+        self.shared.node().set_gso(gso);
+        let mut rx = vec![0; RX_BUFFER * RX_BATCH];
+        let mut tx = Vec::new();
+        let mut bell = self.shared.bell.listen();
+        loop {
+            let wake = self.drain(&mut tx).await;
+            if self.shared.closing.get() {
+                self.shared.closed.ring();
+                return Ok(());
+            }
+            let timer = async {
+                match wake {
+                    Some(at) => Timer::at(at).await,
+                    None => Timer::never().await,
+                };
+                Ok(None)
+            };
+            let rung = async {
+                bell.rung().await;
+                Ok(None)
+            };
+            let resolving = &mut self.resolving;
+            let resolved = async {
+                match resolving {
+                    Some(future) => Ok(Some(future.await)),
+                    None => std::future::pending().await,
+                }
+            };
+            let readable = async { self.socket.readable().await.map(|()| None) };
+            // Only readiness, bells and timers are raced: nothing is lost when one wins.
+            let answer: Option<(usize, Result<SocketAddr, String>)> =
+                or(or(rung, readable), or(timer, resolved)).await.context("waiting for the UDP socket")?;
+            let now = self.clock.now();
+            self.shared.node().set_unix(self.clock.unix());
+            if let Some((relay, address)) = answer {
+                self.resolving = None;
+                self.shared.node().resolved(now, relay, address);
+            }
+            self.receive(&mut rx);
+            self.shared.node().handle_tick(self.clock.now());
+            self.next_lookup();
+        }
+    }
+
+    /// Sends and tells until the node has nothing left; gives its next timer.
+    async fn drain(&mut self, tx: &mut Vec<u8>) -> Option<Instant> {
+        for turn in 1.. {
+            let now = self.clock.now();
+            let output = self.shared.node().poll_output(now, tx);
+            match output {
+                Output::Send { to, segment } => self.send(to, tx, segment).await,
+                Output::Event(Event::Resolve { relay, host }) => {
+                    let port = self.shared.node().relay_port(relay);
+                    if self.lookups.len() < LOOKUPS_MAX {
+                        self.lookups.push_back((relay, port, host));
+                    }
+                    self.next_lookup();
+                }
+                Output::Event(Event::Wake(key)) => self.shared.wake(key),
+                Output::Event(Event::Incoming { key, peer, open }) => self.shared.incoming(key, peer, open),
+                Output::Wait(at) => return at,
+            }
+            if turn % BUDGET == 0 {
+                yield_now().await;
+            }
+        }
+        None
+    }
+
+    fn next_lookup(&mut self) {
+        if self.resolving.is_some() {
+            return;
+        }
+        let Some((relay, port, host)) = self.lookups.pop_front() else { return };
+        let found = (self.lookup)(host.clone());
+        let v6 = self.v6;
+        self.resolving = Some(
+            async move {
+                let address = match found.await {
+                    Ok(list) => list
+                        .iter()
+                        .find(|ip| ip.is_ipv4() || v6)
+                        .map(|ip| SocketAddr::new(*ip, port))
+                        .ok_or_else(|| format!("{host} has no address that we can reach")),
+                    Err(error) => Err(format!("{host} was not found: {error}")),
+                };
+                (relay, address)
+            }
+            .boxed_local(),
+        );
+    }
+
+    async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>) {
+        let destination = match (self.v6, to) {
+            (true, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
+            _ => to,
+        };
+        let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip: None };
+        loop {
+            match self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.socket.writable().await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    // Links flap; what was lost is sent again by whoever needs it.
+                    bump(&self.count.send_errors);
+                    log::debug!(target: "tunnel", "send to {to}: {error}");
+                    self.shared.node().set_gso(self.udp.max_gso_segments().min(GSO_MOST));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn receive(&self, rx: &mut [u8]) {
+        for _ in 0..BUDGET {
+            let mut meta = [RecvMeta::default(); RX_BATCH];
+            let mut chunks = rx.chunks_exact_mut(RX_BUFFER).map(IoSliceMut::new);
+            let mut buffers: [IoSliceMut<'_>; RX_BATCH] =
+                std::array::from_fn(|_| chunks.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
+            let received = self.udp.recv(UdpSockRef::from(self.socket.get_ref()), &mut buffers, &mut meta);
+            // Errors other than WouldBlock are ICMP's answers to earlier sends.
+            let Ok(count) = received else { return };
+            let now = self.clock.now();
+            for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
+                self.shared.node().handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+            }
+            if count < RX_BATCH {
+                return;
+            }
+        }
     }
 }
 
-impl AsyncRead for TunnelStream {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut [u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+/// Binds both families where the kernel has IPv6, else IPv4 alone; says whether the socket is IPv6's.
+fn bind(listen: SocketAddr) -> anyhow::Result<(Async<UdpSocket>, bool)> {
+    let bound = Async::<UdpSocket>::bind(listen).map(|s| (s, listen.is_ipv6()));
+    match bound {
+        Err(error) if listen.ip().is_unspecified() && listen.is_ipv6() && error.kind() != io::ErrorKind::AddrInUse => {
+            let v4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.port());
+            Async::<UdpSocket>::bind(v4).map(|s| (s, false)).with_context(|| format!("tunnel.listen: UDP {v4}"))
+        }
+        other => other.with_context(|| format!("tunnel.listen: UDP {listen}")),
     }
 }
 
-impl AsyncWrite for TunnelStream {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// What `weft peers` shows of one peer.
-#[derive(Clone, Debug)]
-pub struct PeerView {
-    pub name: String,
-    /// "direct", "relay", "none".
-    pub path: &'static str,
-    /// The address that packets go to: the peer's, or the relay's with its name.
-    pub via: String,
-    pub rtt_ms: Option<u32>,
-    pub since_secs: u64,
-    pub streams: usize,
-    pub tx_bytes: u64,
-    pub rx_bytes: u64,
-    pub note: String,
-}
-
-/// What `weft status` shows of one relay that we use.
-#[derive(Clone, Debug)]
-pub struct RelayView {
-    pub name: String,
-    pub address: String,
-    pub registered: bool,
-    pub rtt_ms: Option<u32>,
-    pub note: String,
-}
-
-impl Handle {
-    #[must_use]
-    pub fn peers(&self) -> Vec<PeerView> {
-        Vec::new()
-    }
-
-    #[must_use]
-    pub fn relays(&self) -> Vec<RelayView> {
-        Vec::new()
-    }
+/// Whether two segments of one send arrive as two datagrams: some kernels and emulators take the option
+/// and then lose the packets.
+async fn probe_gso() -> bool {
+    const LEN: usize = 64;
+    let probe = async {
+        let socket = Async::<UdpSocket>::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
+        let udp = UdpSocketState::new(UdpSockRef::from(socket.get_ref())).ok()?;
+        let destination = socket.get_ref().local_addr().ok()?;
+        let contents = [7; 2 * LEN];
+        let transmit = Transmit { destination, ecn: None, contents: &contents, segment_size: Some(LEN), src_ip: None };
+        udp.try_send(UdpSockRef::from(socket.get_ref()), &transmit).ok()?;
+        let mut got = 0;
+        while got < contents.len() {
+            let mut buffer = [0; 1024];
+            let mut meta = [RecvMeta::default()];
+            socket.readable().await.ok()?;
+            let mut buffers = [IoSliceMut::new(&mut buffer)];
+            match udp.recv(UdpSockRef::from(socket.get_ref()), &mut buffers, &mut meta) {
+                Ok(_) if meta[0].stride == LEN => got += meta[0].len,
+                Ok(_) => return None,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return None,
+            }
+        }
+        Some(())
+    };
+    let late = async {
+        Timer::after(Duration::from_millis(200)).await;
+        None
+    };
+    or(probe, late).await.is_some()
 }

@@ -1,0 +1,493 @@
+//! How a peer is found and reached: questions to the relays, handshakes, and which connection stays.
+
+use super::{
+    PeerView, RelayView,
+    home::Action,
+    identity::Certificate,
+    identity::Roles,
+    node::{Event, Node, Origin},
+    noise::{Dial, Purpose},
+    path::Path,
+    peer::{ANSWER_WAIT, ASK_AGAIN, Peer, Want},
+    slot::Role,
+};
+use crate::metrics::bump;
+use quinn_proto::ConnectionError;
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Two handshakes within this are two dials at the same time and not a restart of the peer.
+const SIMULTANEOUS: Duration = Duration::from_secs(10);
+/// A node that has just started may register a moment later than others ask for it.
+const UNKNOWN_GRACE: Duration = Duration::from_secs(1);
+/// What "nobody answered" can mean.
+const CAUSES: &str = "it is off or cut off, or its psk, CA or key is another than ours says";
+
+impl Node {
+    /// A stream waits for this node.
+    pub(super) fn want_stream(&mut self, now: Instant, name: &str, key: u32) {
+        if name == self.name {
+            return self.kill_streams([key], "that is this node itself");
+        }
+        let Some(peer) = self.peers.entry(now, name) else {
+            return self.kill_streams([key], "too many peers");
+        };
+        peer.waiting.push_back(key);
+        match peer.slot {
+            Some(index) => self.open_waiting(index),
+            None => self.reach(now, name),
+        }
+    }
+
+    /// Opens on this connection what waits for its peer, as far as the peer allows.
+    pub(super) fn open_waiting(&mut self, index: u32) {
+        let Some(name) = self.slots.get(index).and_then(|s| s.peer.clone()) else { return };
+        while let Some(key) = self.peers.get_mut(&name).and_then(|p| p.waiting.pop_front()) {
+            if !self.try_open(index, key) {
+                if let Some(peer) = self.peers.get_mut(&name) {
+                    peer.waiting.push_front(key);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Dials where the way is known, else asks for it.
+    fn reach(&mut self, now: Instant, name: &str) {
+        let relays = self.homes.len();
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        if peer.dialing.is_some() || peer.want.is_some() {
+            return;
+        }
+        if let (Some(path), Some(certificate)) = (peer.path, peer.certificate.clone()) {
+            return self.dial(now, name, path, &certificate);
+        }
+        if relays == 0 {
+            return self.give_up(name, "no relay is configured");
+        }
+        self.want_flow(now, name);
+    }
+
+    fn want_flow(&mut self, now: Instant, name: &str) {
+        let request = self.rng.u32(..);
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        peer.want = Some(Want { request, since: now, next_ask: now + ASK_AGAIN, unknown_at: Vec::new() });
+        self.homes.ask(request, name, &mut self.outbox);
+    }
+
+    fn dial(&mut self, now: Instant, name: &str, path: Path, certificate: &Certificate) {
+        let local = Arc::clone(&self.transport.local);
+        let dial = Dial { local, peer: certificate.key, name: name.into(), purpose: Purpose::Peer };
+        match self.connect_slot(now, dial, Role::Dialed(name.into()), path) {
+            Ok(index) => {
+                if let Some(peer) = self.peers.get_mut(name) {
+                    peer.dialing = Some(index);
+                }
+            }
+            Err(why) => self.give_up(name, &why),
+        }
+    }
+
+    /// What waits for this peer fails; the next open tries anew.
+    fn give_up(&mut self, name: &str, why: &str) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let waiting = std::mem::take(&mut peer.waiting);
+        peer.want = None;
+        if !waiting.is_empty() || peer.note != why {
+            log::warn!(target: "tunnel", "{name}: {why}");
+        }
+        peer.note = why.into();
+        self.kill_streams(waiting, why);
+    }
+
+    /// When `drive_dials` is next of use.
+    pub(super) fn dial_timeout(&self) -> Option<Instant> {
+        let wants = self.peers.iter().filter_map(|p| p.want.as_ref()).map(|w| w.next_ask);
+        let dials = self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost).map(|(_, s)| s.born + ANSWER_WAIT);
+        wants.chain(dials).min()
+    }
+
+    pub(super) fn drive_dials(&mut self, now: Instant) {
+        let due = |p: &&mut Peer| p.want.as_ref().is_some_and(|w| w.next_ask <= now);
+        let mut late = Vec::new();
+        for peer in self.peers.iter_mut().filter(due) {
+            let Some(want) = &mut peer.want else { continue };
+            want.next_ask = now + ASK_AGAIN;
+            if now >= want.since + ANSWER_WAIT && peer.slot.is_none() {
+                late.push(peer.name.clone());
+            } else {
+                self.homes.ask(want.request, &peer.name, &mut self.outbox);
+            }
+        }
+        for name in late {
+            let up = self.homes.usable().count();
+            let why = if up == 0 { "no relay answers" } else { "the relays did not say how to reach it" };
+            self.give_up(&name, why);
+        }
+        let silent = self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost && now >= s.born + ANSWER_WAIT);
+        let silent: Vec<u32> = silent.map(|(i, _)| i).collect();
+        silent.into_iter().for_each(|index| self.nobody_answered(now, index));
+    }
+
+    fn nobody_answered(&mut self, now: Instant, index: u32) {
+        let Some(role) = self.slots.get(index).map(|s| s.role.clone()) else { return };
+        let why = format!("nobody answered for {} s: {CAUSES}", ANSWER_WAIT.as_secs());
+        match role {
+            Role::Dialed(name) => {
+                bump(&self.count.handshake_failures);
+                if let Some(peer) = self.peers.get_mut(&name) {
+                    peer.set_path(now, None); // ask the relays again next time
+                }
+                self.give_up(&name, &why);
+            }
+            Role::Registering(relay) => {
+                bump(&self.count.handshake_failures);
+                self.homes.dial_failed(relay, now, &why);
+            }
+            Role::Accepted => bump(&self.count.handshake_failures),
+            Role::Registered => {}
+        }
+        self.close(now, index, "no answer");
+    }
+
+    pub(super) fn act_on(&mut self, now: Instant, action: Action) {
+        match action {
+            Action::Resolve(relay) => {
+                if let Some(home) = self.homes.get(relay) {
+                    self.events.push_back(Event::Resolve { relay, host: home.host.clone() });
+                }
+            }
+            Action::Dial(relay) => self.register(now, relay),
+            Action::Registered(relay) => self.registered(now, relay),
+            Action::Lost(relay) => self.relay_lost(now, relay),
+            Action::Opened { relay, request, flow, certificate } => {
+                self.flow_opened(now, relay, request, flow, *certificate);
+            }
+            Action::NotFound { relay, request } => self.not_found(now, relay, request),
+            Action::Flow { relay, flow, certificate } => self.flow_told(now, relay, flow, *certificate),
+            Action::Gone { relay, flow } => {
+                self.peers.unbind_flow(relay, flow);
+                self.paths_lost(now, |path| path == Path::Relay { relay, flow });
+            }
+        }
+    }
+
+    /// A host name was looked up for [`Event::Resolve`].
+    pub fn resolved(&mut self, now: Instant, relay: usize, address: Result<SocketAddr, String>) {
+        self.homes.resolved(relay, now, address);
+        self.handle_tick(now);
+    }
+
+    fn register(&mut self, now: Instant, relay: usize) {
+        let Some(home) = self.homes.get(relay) else { return };
+        let Some(address) = home.address else { return };
+        let (name, peer) = (home.certificate.name.clone(), home.certificate.key);
+        let dial = Dial { local: Arc::clone(&self.transport.local), peer, name, purpose: Purpose::Register };
+        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::Direct(address)) {
+            self.homes.dial_failed(relay, now, &why);
+        }
+    }
+
+    /// The relay answered under the registration's keys: the connection has done its work.
+    fn registered(&mut self, now: Instant, relay: usize) {
+        let done = self.slots.iter().filter(|(_, s)| s.role == Role::Registering(relay)).map(|(i, _)| i);
+        let done: Vec<u32> = done.collect();
+        done.into_iter().for_each(|index| self.close(now, index, "registered"));
+        for peer in self.peers.iter_mut().filter(|p| p.want.is_some()) {
+            if let Some(want) = &mut peer.want {
+                self.homes.ask(want.request, &peer.name, &mut self.outbox);
+            }
+        }
+    }
+
+    fn relay_lost(&mut self, now: Instant, relay: usize) {
+        self.peers.unbind_relay(relay);
+        self.paths_lost(now, |path| matches!(path, Path::Relay { relay: r, .. } if r == relay));
+    }
+
+    /// Peers on these paths get another: their connections go on.
+    fn paths_lost(&mut self, now: Instant, gone: impl Fn(Path) -> bool) {
+        let hit = |p: &&mut Peer| p.path.is_some_and(&gone);
+        let mut again = Vec::new();
+        for peer in self.peers.iter_mut().filter(hit) {
+            peer.set_path(now, None);
+            if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
+                again.push(peer.name.clone());
+            }
+        }
+        again.iter().for_each(|name| self.want_flow(now, name));
+    }
+
+    /// What a relay says of a peer is believed only as far as the CA signed it.
+    fn checked(&self, certificate: &Certificate) -> bool {
+        let verdict = certificate.verify(&self.transport.local.ca, self.unix());
+        if let Err(why) = &verdict {
+            bump(&self.count.bad_certificate);
+            log::warn!(target: "tunnel", "a relay told of {}, whose certificate does not hold: {why}", certificate.name);
+        }
+        verdict.is_ok()
+    }
+
+    fn flow_opened(&mut self, now: Instant, relay: usize, request: u32, flow: u32, certificate: Certificate) {
+        if !self.checked(&certificate) {
+            return;
+        }
+        let name = certificate.name.clone();
+        let wanted = |p: &Peer| p.want.as_ref().is_some_and(|w| w.request == request);
+        if !self.peers.get(&name).is_some_and(wanted) {
+            return;
+        }
+        self.peers.bind_flow(relay, flow, &name);
+        let path = Path::Relay { relay, flow };
+        let Some(peer) = self.peers.get_mut(&name) else { return };
+        peer.want = None;
+        peer.certificate = Some(certificate.clone());
+        peer.set_path(now, Some(path));
+        let slots: Vec<u32> = [peer.slot, peer.dialing].into_iter().flatten().collect();
+        if slots.is_empty() {
+            return self.dial(now, &name, path, &certificate);
+        }
+        for index in slots {
+            self.move_slot(index, path);
+        }
+    }
+
+    fn move_slot(&mut self, index: u32, path: Path) {
+        if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path) {
+            slot.path = path;
+            slot.conn.ping(); // says to the other end where we are
+            self.touch(index);
+        }
+    }
+
+    fn not_found(&mut self, now: Instant, relay: usize, request: u32) {
+        let all = self.homes.usable().count();
+        let wanted = |p: &Peer| p.want.as_ref().is_some_and(|w| w.request == request);
+        let Some(peer) = self.peers.iter_mut().find(|p| wanted(p)) else { return };
+        let Some(want) = &mut peer.want else { return };
+        if !want.unknown_at.contains(&relay) {
+            want.unknown_at.push(relay);
+        }
+        if want.unknown_at.len() >= all && peer.slot.is_none() && now >= want.since + UNKNOWN_GRACE {
+            let name = peer.name.clone();
+            self.give_up(&name, "no relay knows it: it is not registered, or the name is wrong");
+        }
+    }
+
+    /// A relay says who is at the other end of a flow that the other end asked for.
+    fn flow_told(&mut self, now: Instant, relay: usize, flow: u32, certificate: Certificate) {
+        if !self.checked(&certificate) {
+            return;
+        }
+        let name = certificate.name.clone();
+        let Some(peer) = self.peers.entry(now, &name) else { return };
+        let path = Path::Relay { relay, flow };
+        peer.certificate = Some(certificate);
+        peer.want = None;
+        peer.set_path(now, Some(path));
+        let slots: Vec<u32> = [peer.slot, peer.dialing].into_iter().flatten().collect();
+        let idle = slots.is_empty() && !peer.waiting.is_empty();
+        self.peers.bind_flow(relay, flow, &name);
+        slots.into_iter().for_each(|index| self.move_slot(index, path));
+        if idle {
+            self.reach(now, &name);
+        }
+    }
+
+    /// A datagram for this slot came from there.
+    pub(super) fn heard(&mut self, now: Instant, index: u32, origin: Origin, len: u64) {
+        let Some(slot) = self.slots.get(index) else { return };
+        let Some(name) = slot.peer.clone() else { return };
+        if let Some(peer) = self.peers.get_mut(&name) {
+            peer.rx_bytes += len;
+        }
+        if slot.path == origin.path() {
+            return;
+        }
+        // The relay vouches for whom a flow is with: only then does the path follow.
+        if let Origin::Relay { relay, flow } = origin {
+            match self.peers.of_flow(relay, flow) {
+                Some(known) if known == name => {
+                    if let Some(peer) = self.peers.get_mut(&name) {
+                        peer.set_path(now, Some(origin.path()));
+                    }
+                    self.move_slot(index, origin.path());
+                }
+                Some(_) => {}
+                None => self.homes.who(relay, flow, &mut self.outbox),
+            }
+        }
+    }
+
+    /// A confirmed connection with a node: which of its connections carries new streams?
+    pub(super) fn bind(&mut self, now: Instant, index: u32, certificate: &Certificate) {
+        let name = certificate.name.clone();
+        let Some((born, dialed, path)) = self.slots.get(index).map(|s| (s.born, s.role != Role::Accepted, s.path))
+        else {
+            return;
+        };
+        let old = self.peers.get(&name).and_then(|p| p.slot).filter(|old| *old != index);
+        let old =
+            old.and_then(|old| self.slots.get(old)).filter(|s| !s.lost).map(|s| (s.born, s.role != Role::Accepted));
+        let keep_old = old.is_some_and(|(old_born, old_dialed)| {
+            let both = old_dialed != dialed && born.saturating_duration_since(old_born) < SIMULTANEOUS;
+            // Of two dials at once the one of the lower public key stays, at both ends.
+            let ours_is_lower = self.transport.local.public < certificate.key;
+            both && old_dialed == ours_is_lower
+        });
+        if self.peers.entry(now, &name).is_none() {
+            return self.close(now, index, "too many peers");
+        }
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.peer = Some(name.clone());
+            slot.idle_since = now;
+        }
+        log::info!(target: "tunnel", "{name}: connected by {}", self.describe(path));
+        if let Some(peer) = self.peers.get_mut(&name) {
+            peer.certificate = Some(certificate.clone());
+            peer.note.clear();
+            peer.want = None;
+            if peer.dialing == Some(index) {
+                peer.dialing = None;
+            }
+            if !keep_old {
+                peer.slot = Some(index);
+            }
+            if peer.path.is_none() {
+                peer.set_path(now, Some(path));
+            }
+        }
+        if let Path::Relay { relay, flow } = path {
+            self.peers.bind_flow(relay, flow, &name);
+        }
+        if let Some(slot) = self.peers.get(&name).and_then(|p| p.slot) {
+            self.open_waiting(slot);
+        }
+        self.accept_streams(index);
+    }
+
+    pub(super) fn connection_lost(&mut self, now: Instant, index: u32, reason: &ConnectionError) {
+        let Some(slot) = self.slots.get(index) else { return };
+        let why = match reason {
+            ConnectionError::ConnectionClosed(close) if !close.reason.is_empty() => {
+                format!("it refused us: {}", String::from_utf8_lossy(&close.reason))
+            }
+            ConnectionError::TransportError(error) if !error.reason.is_empty() => error.reason.clone(),
+            ConnectionError::ApplicationClosed(close) => {
+                format!("it closed: {}", String::from_utf8_lossy(&close.reason))
+            }
+            other => other.to_string(),
+        };
+        if slot.peer.is_none() {
+            match &slot.role {
+                Role::Accepted => {
+                    bump(&self.count.handshake_failures);
+                    log::warn!(target: "tunnel", "handshake from {}: {why}", self.describe(slot.path));
+                }
+                Role::Dialed(_) | Role::Registering(_) => {
+                    bump(&self.count.handshake_failures);
+                    if matches!(reason, ConnectionError::TransportError(_)) {
+                        bump(&self.count.bad_certificate);
+                    }
+                }
+                Role::Registered => {}
+            }
+        }
+        self.lose(now, index, &why);
+    }
+
+    /// This connection is of no more use, whoever ended it.
+    pub(super) fn lose(&mut self, now: Instant, index: u32, why: &str) {
+        let Some(slot) = self.slots.get_mut(index).filter(|s| !s.lost) else { return };
+        slot.lost = true;
+        let streams = std::mem::take(&mut slot.streams);
+        let (role, name) = (slot.role.clone(), slot.peer.clone());
+        self.kill_streams(streams.into_values(), why);
+        match (role, name) {
+            (Role::Registering(relay), _) => self.homes.dial_failed(relay, now, why),
+            (Role::Dialed(name), None) => {
+                if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.dialing == Some(index)) {
+                    peer.dialing = None;
+                    if peer.slot.is_none() {
+                        peer.set_path(now, None);
+                        self.give_up(&name, why);
+                    }
+                }
+            }
+            (Role::Dialed(_) | Role::Accepted | Role::Registered, Some(name)) => {
+                log::info!(target: "tunnel", "{name}: connection ended: {why}");
+                let another =
+                    self.slots.iter().find(|(_, s)| s.peer.as_ref() == Some(&name) && !s.lost).map(|(i, _)| i);
+                if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.slot == Some(index)) {
+                    peer.slot = another;
+                    if another.is_none() && !peer.waiting.is_empty() {
+                        self.reach(now, &name);
+                    }
+                }
+            }
+            (Role::Accepted | Role::Registered, None) => {}
+        }
+    }
+
+    pub(super) fn describe(&self, path: Path) -> String {
+        match path {
+            Path::Direct(address) => address.to_string(),
+            Path::Relay { relay, .. } => {
+                format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn peer_views(&self, now: Instant) -> Vec<PeerView> {
+        let view = |p: &Peer| {
+            let slot = p.slot.and_then(|index| self.slots.get(index));
+            let path = slot.map(|s| s.path);
+            PeerView {
+                name: p.name.clone(),
+                path: path.map_or("none", |p| if p.is_relay() { "relay" } else { "direct" }),
+                via: path.map(|p| self.describe(p)).unwrap_or_default(),
+                rtt_ms: slot.map(|s| u32::try_from(s.conn.rtt().as_millis()).unwrap_or(u32::MAX)),
+                since_secs: slot.map_or(0, |_| now.saturating_duration_since(p.path_since).as_secs()),
+                streams: self
+                    .slots
+                    .iter()
+                    .filter(|(_, s)| s.peer.as_ref() == Some(&p.name))
+                    .map(|(_, s)| s.streams.len())
+                    .sum(),
+                tx_bytes: p.tx_bytes,
+                rx_bytes: p.rx_bytes,
+                note: p.note.clone(),
+            }
+        };
+        self.peers.iter().map(view).collect()
+    }
+
+    #[must_use]
+    pub fn relay_views(&self) -> Vec<RelayView> {
+        let view = |relay: usize| {
+            let home = self.homes.get(relay)?;
+            let (registered, rtt, _, observed) = self.homes.view(relay);
+            Some(RelayView {
+                name: home.certificate.name.clone(),
+                address: home.address.map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
+                registered,
+                rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
+                note: match observed {
+                    Some(address) if registered => format!("sees us as {address}"),
+                    _ => home.note.clone(),
+                },
+            })
+        };
+        (0..self.homes.len()).filter_map(view).collect()
+    }
+
+    /// Whether a certificate may serve as a relay's.
+    #[must_use]
+    pub fn may_relay(certificate: &Certificate) -> bool {
+        certificate.roles.contains(Roles::RELAY)
+    }
+}

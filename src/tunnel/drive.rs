@@ -1,0 +1,109 @@
+//! What a node sends, and when it wants to be woken: one connection after the other, a turn each.
+
+use super::{
+    frame::DATA_HEADER,
+    node::{Node, Output},
+    path::Path,
+    relay::Relay,
+};
+use crate::metrics::add;
+use std::{net::SocketAddr, time::Instant};
+
+/// Transmissions that may be lost on a dead path before the next connection has its turn.
+const TURNS: usize = 4;
+
+impl Node {
+    /// What to do next; `buf` is overwritten where it says Send.
+    #[must_use]
+    pub fn poll_output(&mut self, now: Instant, buf: &mut Vec<u8>) -> Output {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Output::Event(event);
+            }
+            if let Some((to, segment)) = self.outbox.pop(buf) {
+                return self.sent(to, segment, buf.len());
+            }
+            let Some(index) = self.dirty.pop_front() else { break };
+            if let Some(output) = self.drive(now, index, buf) {
+                return output;
+            }
+        }
+        let timers = self.slots.iter().filter_map(|(_, s)| s.timeout);
+        let others =
+            [self.homes.poll_timeout(), self.relay.as_ref().and_then(Relay::poll_timeout), self.dial_timeout()];
+        let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
+        self.due = due;
+        Output::Wait(due)
+    }
+
+    fn sent(&self, to: SocketAddr, segment: Option<usize>, len: usize) -> Output {
+        add(&self.count.tx_datagrams, segment.map_or(1, |s| len.div_ceil(s)) as u64);
+        add(&self.count.tx_bytes, len as u64);
+        Output::Send { to, segment }
+    }
+
+    /// One turn of a connection: its events, then one transmission.
+    fn drive(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<Output> {
+        self.slots.get_mut(index)?.dirty = false;
+        for _ in 0..TURNS {
+            while let Some(event) = self.slots.get_mut(index).and_then(|s| s.conn.poll()) {
+                self.handle_event(now, index, event);
+            }
+            self.endpoint_events(index)?;
+            let Some((to, segment)) = self.transmit(now, index, buf) else { break };
+            if let Some(to) = to {
+                self.touch(index);
+                return Some(self.sent(to, segment, buf.len()));
+            }
+        }
+        let slot = self.slots.get_mut(index)?;
+        slot.timeout = slot.conn.poll_timeout();
+        None
+    }
+
+    /// None where the slot is gone.
+    fn endpoint_events(&mut self, index: u32) -> Option<()> {
+        self.transport.serve(index);
+        loop {
+            let slot = self.slots.get_mut(index)?;
+            let Some(event) = slot.conn.poll_endpoint_events() else { return Some(()) };
+            let drained = event.is_drained();
+            if let Some(back) = self.endpoint.handle_event(slot.handle, event) {
+                slot.conn.handle_event(back);
+            }
+            if drained {
+                self.by_handle.remove(&slot.handle);
+                if let Some(slot) = self.slots.remove(index) {
+                    self.kill_streams(slot.streams.into_values(), "the connection was lost");
+                }
+                return None;
+            }
+        }
+    }
+
+    /// None: nothing to send. (None, _) inside: it was dropped, its path is down.
+    fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<SocketAddr>, Option<usize>)> {
+        let slot = self.slots.get_mut(index)?;
+        buf.clear();
+        let (to, segment) = match slot.path {
+            Path::Direct(address) => {
+                let transmit = slot.conn.poll_transmit(now, self.gso, buf)?;
+                buf.truncate(transmit.size);
+                (Some(address), transmit.segment_size)
+            }
+            Path::Relay { relay, flow } => {
+                self.scratch.clear();
+                let transmit = slot.conn.poll_transmit(now, self.gso, &mut self.scratch)?;
+                let whole = self.scratch.get(..transmit.size).unwrap_or(&self.scratch);
+                let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
+                let up = whole.chunks(size).all(|datagram| self.homes.wrap(relay, now, flow, datagram, buf));
+                let address = self.homes.get(relay).and_then(|h| h.address).filter(|_| up);
+                (address, transmit.segment_size.map(|s| s + DATA_HEADER))
+            }
+        };
+        if let Some(peer) = slot.peer.as_ref().and_then(|name| self.peers.get_mut(name)) {
+            peer.tx_bytes += buf.len() as u64;
+        }
+        Some((to, segment))
+    }
+}

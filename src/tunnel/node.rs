@@ -1,0 +1,548 @@
+//! The root of the tunnel, without IO: datagrams, opens and ticks come in; datagrams and events go out.
+//! It owns quinn-proto's endpoint, the connections and, at a relay, the relay.
+//!
+//! The caller drains `poll_output` after every input until it says Wait.
+
+use super::{
+    Open,
+    frame::{DATA_HEADER, Kind, classify},
+    gate::{Gate, Verdict},
+    home::{Action, Homes, RelaySpec},
+    keys::{Key, derive},
+    noise::{Local, PeerIdentity, Purpose},
+    outbox::Outbox,
+    path::Path,
+    peer::Peers,
+    relay::{Relay, RelayLoad},
+    slot::{Role, STRANGER, Slot, Slots, virtual_address},
+    streams::Streams,
+    transport::Transport,
+};
+use crate::{
+    config::{Congestion, Profile},
+    metrics::{TunnelCounters, add, bump},
+};
+use bytes::{Buf, BytesMut};
+use quinn_proto::{
+    ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Dir, Endpoint, Event as QuicEvent, Incoming,
+    StreamEvent,
+};
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+/// Handshakes that may be half open before newcomers must show by a Retry that they receive.
+const HALF_OPEN_MAX: usize = 50;
+/// A connection without streams is closed after this.
+const IDLE_CLOSE: Duration = Duration::from_secs(60);
+/// Packets that keep a connection with idle streams alive, well below quinn's idle timeout.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Housekeeping of idle connections.
+const SWEEP: Duration = Duration::from_secs(5);
+/// QUIC's "no error" of our protocol.
+const DONE: quinn_proto::VarInt = quinn_proto::VarInt::from_u32(0);
+
+/// What a node is built from.
+pub struct NodeConfig {
+    pub local: Local,
+    pub name: String,
+    pub relays: Vec<RelaySpec>,
+    pub profile: Profile,
+    pub congestion: Congestion,
+    /// Datagrams that one send may carry.
+    pub gso: usize,
+    /// For simulations: makes quinn's random numbers repeatable.
+    pub seed: Option<[u8; 32]>,
+}
+
+#[derive(Debug)]
+pub enum Event {
+    /// Something changed for this stream: look again.
+    Wake(u32),
+    /// A peer asks for one of our endpoints.
+    Incoming { key: u32, peer: String, open: Open },
+    /// A relay's host name must be looked up; the answer goes to [`Node::resolved`].
+    Resolve { relay: usize, host: String },
+}
+
+#[derive(Debug)]
+pub enum Output {
+    /// `buf` holds one datagram, or several of `segment` bytes of which the last may be shorter.
+    Send {
+        to: SocketAddr,
+        segment: Option<usize>,
+    },
+    Event(Event),
+    Wait(Option<Instant>),
+}
+
+/// Where a datagram came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Address(SocketAddr),
+    Relay { relay: usize, flow: u32 },
+}
+
+impl Origin {
+    pub(super) fn path(self) -> Path {
+        match self {
+            Self::Address(address) => Path::Direct(address),
+            Self::Relay { relay, flow } => Path::Relay { relay, flow },
+        }
+    }
+}
+
+pub struct Node {
+    pub(super) name: String,
+    pub(super) transport: Transport,
+    pub(super) endpoint: Endpoint,
+    gate: Gate,
+    pub(super) slots: Slots,
+    pub(super) by_handle: HashMap<ConnectionHandle, u32>,
+    pub(super) peers: Peers,
+    pub(super) streams: Streams,
+    pub(super) homes: Homes,
+    pub(super) relay: Option<Relay>,
+    pub(super) outbox: Outbox,
+    pub(super) events: VecDeque<Event>,
+    pub(super) dirty: VecDeque<u32>,
+    /// The earliest timer, as of the last Wait.
+    pub(super) due: Option<Instant>,
+    pub(super) next_sweep: Instant,
+    pub(super) scratch: Vec<u8>,
+    pub(super) gso: usize,
+    pub(super) rng: fastrand::Rng,
+    pub(super) count: Rc<TunnelCounters>,
+}
+
+impl Node {
+    #[must_use]
+    pub fn new(config: NodeConfig, now: Instant, mut rng: fastrand::Rng, count: Rc<TunnelCounters>) -> Self {
+        let root = derive(&config.local.secret, b"weft relay", b"");
+        let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
+        let transport = Transport::new(Arc::new(config.local), config.profile, config.congestion, rng.fork());
+        let endpoint = Endpoint::new(
+            Arc::new(transport.endpoint(&mut rng, config.seed)),
+            Some(Arc::new(transport.server())),
+            true,
+            None,
+        );
+        Self {
+            name: config.name,
+            gate: Gate::new(transport.cids.clone(), &transport.local.public),
+            transport,
+            endpoint,
+            slots: Slots::default(),
+            by_handle: HashMap::new(),
+            peers: Peers::default(),
+            streams: Streams::default(),
+            homes: Homes::new(config.relays, now, rng.fork()),
+            relay,
+            outbox: Outbox::default(),
+            events: VecDeque::new(),
+            dirty: VecDeque::new(),
+            due: Some(now),
+            next_sweep: now + SWEEP,
+            scratch: Vec::new(),
+            gso: config.gso.max(1),
+            rng,
+            count,
+        }
+    }
+
+    /// The clock that certificates are held against.
+    pub fn set_unix(&mut self, unix: u64) {
+        let unix = u32::try_from(unix).unwrap_or(u32::MAX);
+        self.transport.local.unix.store(unix, Ordering::Relaxed);
+    }
+
+    pub(super) fn unix(&self) -> u64 {
+        self.transport.local.unix.load(Ordering::Relaxed).into()
+    }
+
+    /// Segmentation offload was found not to work.
+    pub fn set_gso(&mut self, gso: usize) {
+        self.gso = gso.max(1);
+    }
+
+    /// The port of a relay of our list.
+    #[must_use]
+    pub fn relay_port(&self, relay: usize) -> u16 {
+        self.homes.get(relay).map_or(0, |h| h.port)
+    }
+
+    #[must_use]
+    pub fn relay_load(&self) -> Option<RelayLoad> {
+        self.relay.as_ref().map(Relay::load)
+    }
+
+    pub fn handle_tick(&mut self, now: Instant) {
+        self.step(now);
+    }
+
+    /// Datagrams of `segment` bytes each (the last may be shorter) from one address.
+    pub fn handle_datagrams(&mut self, now: Instant, from: SocketAddr, batch: &mut [u8], segment: usize) {
+        self.step(now);
+        if batch.is_empty() || segment == 0 {
+            return;
+        }
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        add(&self.count.rx_datagrams, batch.len().div_ceil(segment) as u64);
+        add(&self.count.rx_bytes, batch.len() as u64);
+        // A batch is one flow of the kernel's, but may still hold frames of several kinds.
+        let mut start = 0;
+        while start < batch.len() {
+            let kind = classify(&batch[start..]);
+            let mut end = (start + segment).min(batch.len());
+            while end < batch.len() && classify(&batch[end..]) == kind {
+                end = (end + segment).min(batch.len());
+            }
+            self.handle_run(now, from, kind, &mut batch[start..end], segment);
+            start = end;
+        }
+    }
+
+    fn handle_run(&mut self, now: Instant, from: SocketAddr, kind: Kind, run: &mut [u8], segment: usize) {
+        match kind {
+            Kind::Quic => {
+                let mut bytes = BytesMut::from(&*run);
+                while !bytes.is_empty() {
+                    let datagram = bytes.split_to(segment.min(bytes.len()));
+                    self.handle_quic(now, Origin::Address(from), datagram);
+                }
+            }
+            Kind::RelayData => match self.homes.at(from) {
+                Some(relay) => self.handle_relayed(now, relay, run, segment),
+                None => match &mut self.relay {
+                    Some(relay) => relay.handle_data(now, from, run, segment, &mut self.outbox, &self.count),
+                    None => bump(&self.count.relay_rejects),
+                },
+            },
+            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
+            // Their handlers come with direct paths; until then they are dropped like the unknown.
+            Kind::Stun | Kind::Disco | Kind::Beacon | Kind::Unknown => {
+                add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
+            }
+        }
+    }
+
+    fn handle_control(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+        let mut actions = Vec::new();
+        let taken = match self.homes.at(from) {
+            Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
+            None => false,
+        };
+        match &mut self.relay {
+            _ if taken => self.act(now, actions),
+            Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),
+            None => bump(&self.count.control_rejects),
+        }
+    }
+
+    fn handle_relayed(&mut self, now: Instant, relay: usize, run: &[u8], segment: usize) {
+        let mut bytes = BytesMut::from(run);
+        while !bytes.is_empty() {
+            let mut frame = bytes.split_to(segment.min(bytes.len()));
+            let Some((flow, datagram)) = self.homes.unwrap(relay, now, &frame) else {
+                bump(&self.count.relay_rejects);
+                continue;
+            };
+            if classify(datagram) != Kind::Quic {
+                bump(&self.count.unknown_first_byte);
+                continue;
+            }
+            frame.advance(DATA_HEADER);
+            self.handle_quic(now, Origin::Relay { relay, flow }, frame);
+        }
+    }
+
+    fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
+        let slots = &self.slots;
+        let live = |slot| slots.get(slot).is_some();
+        let len = datagram.len() as u64;
+        let index = match self.gate.judge(&datagram, &self.transport.local, live, &self.count) {
+            Verdict::Drop => return,
+            // A slot that is gone: quinn answers with a stateless reset, to where this came from.
+            Verdict::Ours(slot) => {
+                if live(slot) {
+                    slot
+                } else {
+                    STRANGER
+                }
+            }
+            Verdict::Reset => match self.slots.iter().find(|(_, s)| s.path == origin.path()) {
+                Some((slot, _)) => slot,
+                None => return bump(&self.count.stray_short_header),
+            },
+            Verdict::First => {
+                // Again the first flight of a handshake under way, or a new one.
+                let dcid = first_dcid(&datagram);
+                let again = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
+                let known = self.slots.iter().find(|(_, s)| again(s)).map(|(index, _)| index);
+                match known.or_else(|| self.slots.vacant()) {
+                    Some(index) => index,
+                    None => return bump(&self.count.budget_exceeded),
+                }
+            }
+        };
+        self.heard(now, index, origin, len);
+        self.transport.serve(index);
+        let mut reply = Vec::new();
+        let dcid = first_dcid(&datagram).to_vec();
+        match self.endpoint.handle(now, virtual_address(index), None, None, datagram, &mut reply) {
+            None => {}
+            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(handle, event),
+            Some(DatagramEvent::NewConnection(incoming)) => self.accept(now, origin, incoming, dcid),
+            Some(DatagramEvent::Response(transmit)) => {
+                reply.truncate(transmit.size);
+                self.send_raw(now, origin.path(), &reply);
+            }
+        }
+    }
+
+    fn deliver(&mut self, handle: ConnectionHandle, event: ConnectionEvent) {
+        let Some(index) = self.by_handle.get(&handle).copied() else { return };
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.conn.handle_event(event);
+            self.touch(index);
+        }
+    }
+
+    fn accept(&mut self, now: Instant, origin: Origin, incoming: Incoming, dcid: Vec<u8>) {
+        let mut reply = Vec::new();
+        let Some(index) = self.slots.vacant() else {
+            bump(&self.count.budget_exceeded);
+            return self.endpoint.ignore(incoming);
+        };
+        if self.slots.half_open() >= HALF_OPEN_MAX && incoming.may_retry() {
+            bump(&self.count.retries_sent);
+            if let Ok(transmit) = self.endpoint.retry(incoming, &mut reply) {
+                reply.truncate(transmit.size);
+                self.send_raw(now, origin.path(), &reply);
+            }
+            return;
+        }
+        self.transport.serve(index);
+        match self.endpoint.accept(incoming, now, &mut reply, None) {
+            Ok((handle, conn)) => {
+                self.insert_slot(now, index, handle, conn, Role::Accepted, origin.path());
+                if let Some(slot) = self.slots.get_mut(index) {
+                    slot.first_dcid = dcid;
+                }
+            }
+            Err(error) => {
+                self.refused(&error.cause, origin.path());
+                if let Some(transmit) = error.response {
+                    reply.truncate(transmit.size);
+                    self.send_raw(now, origin.path(), &reply);
+                }
+            }
+        }
+    }
+
+    /// We refused a handshake: one line that says why.
+    fn refused(&self, cause: &ConnectionError, path: Path) {
+        bump(&self.count.handshake_failures);
+        if let ConnectionError::TransportError(error) = cause {
+            bump(&self.count.bad_certificate);
+            let from = self.describe(path);
+            log::warn!(target: "tunnel", "handshake from {from} refused: {}", error.reason);
+        }
+    }
+
+    pub(super) fn insert_slot(
+        &mut self,
+        now: Instant,
+        index: u32,
+        handle: ConnectionHandle,
+        conn: quinn_proto::Connection,
+        role: Role,
+        path: Path,
+    ) {
+        let slot = Slot {
+            handle,
+            conn,
+            role,
+            path,
+            first_dcid: Vec::new(),
+            peer: None,
+            born: now,
+            idle_since: now,
+            next_keepalive: now + KEEPALIVE,
+            lost: false,
+            streams: std::collections::BTreeMap::new(),
+            timeout: Some(now),
+            dirty: false,
+        };
+        self.slots.insert(index, slot);
+        self.by_handle.insert(handle, index);
+        self.touch(index);
+    }
+
+    pub(super) fn connect_slot(
+        &mut self,
+        now: Instant,
+        dial: super::noise::Dial,
+        role: Role,
+        path: Path,
+    ) -> Result<u32, String> {
+        let index = self.slots.vacant().ok_or("too many connections")?;
+        self.transport.serve(index);
+        let config = self.transport.client(dial).ok_or("the bundle has no psk")?;
+        let (handle, conn) =
+            self.endpoint.connect(now, config, virtual_address(index), "weft").map_err(|e| e.to_string())?;
+        self.insert_slot(now, index, handle, conn, role, path);
+        Ok(index)
+    }
+
+    /// This connection has something to do.
+    pub(super) fn touch(&mut self, index: u32) {
+        if let Some(slot) = self.slots.get_mut(index).filter(|s| !s.dirty) {
+            slot.dirty = true;
+            self.dirty.push_back(index);
+        }
+    }
+
+    /// A datagram outside any connection's flow control; dropped where its path is down.
+    fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
+        let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
+        let to = match path {
+            Path::Direct(address) => {
+                frame.extend_from_slice(datagram);
+                Some(address)
+            }
+            Path::Relay { relay, flow } => {
+                let up = self.homes.wrap(relay, now, flow, datagram, &mut frame);
+                self.homes.get(relay).and_then(|h| h.address).filter(|_| up)
+            }
+        };
+        if let Some(to) = to {
+            let _ = self.outbox.push(to, frame);
+        }
+    }
+
+    /// Timers of everything; cheap while nothing is due.
+    fn step(&mut self, now: Instant) {
+        if self.due.is_none_or(|due| now < due) {
+            return;
+        }
+        self.due = None;
+        let expired: Vec<u32> =
+            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
+        for index in expired {
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.timeout = None;
+                slot.conn.handle_timeout(now);
+                self.touch(index);
+            }
+        }
+        let mut actions = Vec::new();
+        self.homes.handle_timeout(now, &mut self.outbox, &mut actions);
+        self.act(now, actions);
+        if let Some(relay) = &mut self.relay {
+            relay.handle_timeout(now);
+        }
+        self.drive_dials(now);
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
+            self.sweep(now);
+        }
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        for (_, slot) in self.slots.iter_mut() {
+            if !slot.streams.is_empty() && now >= slot.next_keepalive {
+                slot.next_keepalive = now + KEEPALIVE;
+                slot.conn.ping();
+            }
+        }
+        let idle = |s: &Slot| s.streams.is_empty() && s.peer.is_some() && now >= s.idle_since + IDLE_CLOSE;
+        let idle: Vec<u32> = self.slots.iter().filter(|(_, s)| idle(s)).map(|(i, _)| i).collect();
+        for index in idle {
+            self.close(now, index, "idle");
+        }
+        let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
+        all.into_iter().for_each(|index| self.touch(index));
+    }
+
+    pub(super) fn close(&mut self, now: Instant, index: u32, why: &'static str) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.conn.close(now, DONE, why.into());
+            self.touch(index);
+            self.lose(now, index, &format!("closed: {why}"));
+        }
+    }
+
+    /// Ends all connections and registrations politely; drain `poll_output` once more.
+    pub fn shutdown(&mut self, now: Instant) {
+        let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
+        all.into_iter().for_each(|index| self.close(now, index, "the node stops"));
+        self.homes.bye(&mut self.outbox);
+    }
+
+    pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
+        match event {
+            QuicEvent::Connected => self.connected(now, index),
+            QuicEvent::ConnectionLost { reason } => self.connection_lost(now, index, &reason),
+            QuicEvent::Stream(StreamEvent::Opened { .. }) => self.accept_streams(index),
+            QuicEvent::Stream(StreamEvent::Readable { id }) => self.readable(index, id),
+            QuicEvent::Stream(StreamEvent::Writable { id } | StreamEvent::Stopped { id, .. }) => {
+                self.writable(index, id)
+            }
+            QuicEvent::Stream(StreamEvent::Finished { .. }) => {}
+            QuicEvent::Stream(StreamEvent::Available { dir: Dir::Bi }) => self.open_waiting(index),
+            QuicEvent::Stream(StreamEvent::Available { dir: Dir::Uni })
+            | QuicEvent::HandshakeDataReady
+            | QuicEvent::DatagramReceived
+            | QuicEvent::DatagramsUnblocked => {}
+        }
+    }
+
+    fn connected(&mut self, now: Instant, index: u32) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        bump(&self.count.handshakes);
+        let session = slot.conn.crypto_session();
+        let identity = session.peer_identity().and_then(|i| i.downcast::<PeerIdentity>().ok());
+        let Some(PeerIdentity { certificate, purpose }) = identity.map(|b| *b) else {
+            return self.close(now, index, "no identity");
+        };
+        let mut secret = Key([0; 32]);
+        let exported = session.export_keying_material(&mut secret.0, b"relay", b"").is_ok();
+        let (role, path) = (slot.role.clone(), slot.path);
+        match (role, purpose) {
+            (Role::Registering(relay), _) if exported => {
+                self.homes.established(relay, now, &secret);
+                self.due = Some(now);
+            }
+            (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
+                (Some(relay), Path::Direct(from)) => {
+                    slot.role = Role::Registered;
+                    relay.register(now, certificate, &secret, from);
+                }
+                // A node cannot register through another relay: its address would not be its own.
+                _ => self.close(now, index, "this node is not a relay"),
+            },
+            (Role::Dialed(_) | Role::Accepted, Purpose::Peer) => self.bind(now, index, &certificate),
+            (Role::Registering(_) | Role::Dialed(_) | Role::Accepted | Role::Registered, _) => {
+                self.close(now, index, "no keys");
+            }
+        }
+    }
+
+    pub(super) fn act(&mut self, now: Instant, actions: Vec<Action>) {
+        for action in actions {
+            self.act_on(now, action);
+        }
+    }
+}
+
+/// Of a long header, RFC 8999 section 5.1; empty for a short one.
+fn first_dcid(datagram: &[u8]) -> &[u8] {
+    let long = datagram.first().is_some_and(|b| b & 0x80 != 0);
+    let len = datagram.get(5).map_or(0, |l| usize::from(*l));
+    datagram.get(6..6 + len).filter(|_| long).unwrap_or_default()
+}

@@ -1,0 +1,123 @@
+//! What is known of another node: a record of a few hundred bytes, not a connection.
+
+use super::{identity::Certificate, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+/// Records; when full, one without a connection goes.
+const PEERS_MAX: usize = 1000;
+/// The dialler says after this that nobody answered, and what waits for it fails.
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
+/// Between questions to the relays for a flow: a lost packet costs so much.
+pub(super) const ASK_AGAIN: Duration = Duration::from_millis(400);
+
+/// A search for a flow to a peer.
+pub(super) struct Want {
+    pub(super) request: u32,
+    pub(super) since: Instant,
+    pub(super) next_ask: Instant,
+    /// Relays that do not know the name.
+    pub(super) unknown_at: Vec<usize>,
+}
+
+pub(super) struct Peer {
+    pub(super) name: String,
+    pub(super) certificate: Option<Certificate>,
+    /// The confirmed connection on which streams are opened.
+    pub(super) slot: Option<u32>,
+    /// A handshake of ours under way.
+    pub(super) dialing: Option<u32>,
+    pub(super) path: Option<Path>,
+    pub(super) path_since: Instant,
+    pub(super) want: Option<Want>,
+    /// Our keys of streams that wait for a connection.
+    pub(super) waiting: VecDeque<u32>,
+    pub(super) note: String,
+    pub(super) tx_bytes: u64,
+    pub(super) rx_bytes: u64,
+}
+
+impl Peer {
+    fn new(name: &str, now: Instant) -> Self {
+        Self {
+            name: name.into(),
+            certificate: None,
+            slot: None,
+            dialing: None,
+            path: None,
+            path_since: now,
+            want: None,
+            waiting: VecDeque::new(),
+            note: String::new(),
+            tx_bytes: 0,
+            rx_bytes: 0,
+        }
+    }
+
+    pub(super) fn set_path(&mut self, now: Instant, path: Option<Path>) {
+        if self.path != path {
+            self.path = path;
+            self.path_since = now;
+        }
+    }
+
+    fn in_use(&self) -> bool {
+        self.slot.is_some() || self.dialing.is_some() || self.want.is_some() || !self.waiting.is_empty()
+    }
+}
+
+/// All peers by name, and the flows that lead to them.
+#[derive(Default)]
+pub(super) struct Peers {
+    by_name: BTreeMap<String, Peer>,
+    by_flow: HashMap<(usize, u32), String>,
+}
+
+impl Peers {
+    pub(super) fn get(&self, name: &str) -> Option<&Peer> {
+        self.by_name.get(name)
+    }
+
+    pub(super) fn get_mut(&mut self, name: &str) -> Option<&mut Peer> {
+        self.by_name.get_mut(name)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Peer> {
+        self.by_name.values()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Peer> {
+        self.by_name.values_mut()
+    }
+
+    /// The record of this name, a new one if need be; None when all records are in use.
+    pub(super) fn entry(&mut self, now: Instant, name: &str) -> Option<&mut Peer> {
+        if !self.by_name.contains_key(name) && self.by_name.len() >= PEERS_MAX {
+            let idle = self.by_name.values().filter(|p| !p.in_use()).min_by_key(|p| p.path_since)?.name.clone();
+            self.by_name.remove(&idle);
+            self.by_flow.retain(|_, n| *n != idle);
+        }
+        Some(self.by_name.entry(name.into()).or_insert_with(|| Peer::new(name, now)))
+    }
+
+    /// A relay says with whom a flow is.
+    pub(super) fn bind_flow(&mut self, relay: usize, flow: u32, name: &str) {
+        // A relay hands out one flow for a pair, so older ones to the same peer are dead.
+        self.by_flow.retain(|(r, _), n| *r != relay || n != name);
+        self.by_flow.insert((relay, flow), name.into());
+    }
+
+    pub(super) fn of_flow(&self, relay: usize, flow: u32) -> Option<&str> {
+        self.by_flow.get(&(relay, flow)).map(String::as_str)
+    }
+
+    pub(super) fn unbind_flow(&mut self, relay: usize, flow: u32) {
+        self.by_flow.remove(&(relay, flow));
+    }
+
+    pub(super) fn unbind_relay(&mut self, relay: usize) {
+        self.by_flow.retain(|(r, _), _| *r != relay);
+    }
+}

@@ -1,0 +1,265 @@
+//! A small world: nodes, a network with delay, loss and duplication, one virtual clock, one seed.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, VecDeque},
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, Mutex, atomic::AtomicU32},
+    time::{Duration, Instant},
+};
+use weft::{
+    config::{Congestion, Profile},
+    metrics::TunnelCounters,
+    table::model::{Protocol, ServiceId},
+    tunnel::{
+        Key, Open, Progress, Refusal, RelaySpec,
+        identity::{Authority, Certificate, KeyPair, Request, Roles},
+        node::{Event, Node, NodeConfig, Output},
+        noise::Local,
+    },
+};
+
+/// 2026-11-21: any time at which the certificates of the test hold.
+pub const NOW: u64 = 1_795_000_000;
+
+/// What a cluster hands to its nodes.
+pub struct Cluster {
+    pub authority: Authority,
+    pub psks: Vec<(u8, [u8; 32])>,
+}
+
+impl Cluster {
+    pub fn new() -> Self {
+        let authority = Authority::generate(&ring::rand::SystemRandom::new()).unwrap();
+        Self { authority, psks: vec![(1, [9; 32])] }
+    }
+
+    pub fn identity(&self, name: &str, roles: Roles, not_after: u64) -> (KeyPair, Certificate) {
+        let pair = KeyPair::generate(&ring::rand::SystemRandom::new()).unwrap();
+        let request = Request { name: name.into(), key: pair.public, roles, network: String::new(), not_after };
+        let certificate = self.authority.issue(request).unwrap();
+        (pair, certificate)
+    }
+}
+
+pub struct Host {
+    pub node: Node,
+    pub address: SocketAddr,
+    pub count: Rc<TunnelCounters>,
+    pub incoming: VecDeque<(u32, String, Open)>,
+    pub woken: u64,
+    pub wait: Option<Instant>,
+    /// Datagrams to and from it vanish.
+    pub cut: bool,
+}
+
+type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
+
+pub struct World {
+    pub now: Instant,
+    pub hosts: Vec<Host>,
+    pub rng: fastrand::Rng,
+    pub delay: Duration,
+    pub loss: f64,
+    pub duplicate: f64,
+    /// Bytes that left each host.
+    pub sent: BTreeMap<SocketAddr, u64>,
+    flying: BinaryHeap<Flight>,
+    serial: u64,
+}
+
+/// The end of one host's stream.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub host: usize,
+    pub key: u32,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        Self {
+            now: Instant::now(),
+            hosts: Vec::new(),
+            rng: fastrand::Rng::with_seed(seed),
+            delay: Duration::from_millis(10),
+            loss: 0.0,
+            duplicate: 0.0,
+            sent: BTreeMap::new(),
+            flying: BinaryHeap::new(),
+            serial: 0,
+        }
+    }
+
+    /// A node from its identity; the same identity again is the node after a reboot.
+    pub fn node(
+        &mut self,
+        cluster: &Cluster,
+        identity: &(KeyPair, Certificate),
+        relays: Vec<RelaySpec>,
+    ) -> (Node, Rc<TunnelCounters>) {
+        let (pair, certificate) = identity;
+        let local = Local {
+            secret: Key(*pair.private.expose()),
+            public: pair.public,
+            certificate: certificate.encode(),
+            ca: cluster.authority.public(),
+            psks: cluster.psks.iter().map(|(e, k)| (*e, Key(*k))).collect(),
+            unix: Arc::new(AtomicU32::new(u32::try_from(NOW).unwrap())),
+            entropy: Some(Mutex::new(self.rng.fork())),
+            is_relay: certificate.roles.contains(Roles::RELAY),
+        };
+        let mut seed = [0; 32];
+        self.rng.fill(&mut seed);
+        let config = NodeConfig {
+            local,
+            name: certificate.name.clone(),
+            relays,
+            profile: Profile::Router,
+            congestion: Congestion::Auto,
+            gso: 10,
+            seed: Some(seed),
+        };
+        let count = Rc::new(TunnelCounters::default());
+        (Node::new(config, self.now, self.rng.fork(), Rc::clone(&count)), count)
+    }
+
+    pub fn add(
+        &mut self,
+        address: &str,
+        cluster: &Cluster,
+        identity: &(KeyPair, Certificate),
+        relays: Vec<RelaySpec>,
+    ) -> usize {
+        let (node, count) = self.node(cluster, identity, relays);
+        let address = address.parse().unwrap();
+        let wait = Some(self.now);
+        self.hosts.push(Host { node, address, count, incoming: VecDeque::new(), woken: 0, wait, cut: false });
+        self.hosts.len() - 1
+    }
+
+    pub fn inject(&mut self, from: SocketAddr, to: SocketAddr, bytes: Vec<u8>) {
+        if self.rng.f64() < self.loss {
+            return;
+        }
+        let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
+        for _ in 0..copies {
+            self.serial += 1;
+            let at = self.now + self.delay.mul_f64(0.9 + self.rng.f64() * 0.2);
+            self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
+        }
+    }
+
+    /// Takes all that a host has to say.
+    pub fn drain(&mut self, at: usize) {
+        let mut buf = Vec::new();
+        loop {
+            let host = &mut self.hosts[at];
+            match host.node.poll_output(self.now, &mut buf) {
+                Output::Send { to, segment } => {
+                    let (from, cut) = (host.address, host.cut);
+                    *self.sent.entry(from).or_default() += buf.len() as u64;
+                    for datagram in buf.chunks(segment.unwrap_or(buf.len())) {
+                        if !cut {
+                            self.inject(from, to, datagram.to_vec());
+                        }
+                    }
+                }
+                Output::Event(Event::Wake(_)) => host.woken += 1,
+                Output::Event(Event::Incoming { key, peer, open }) => host.incoming.push_back((key, peer, open)),
+                Output::Event(Event::Resolve { .. }) => {}
+                Output::Wait(at_time) => {
+                    host.wait = at_time;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The next datagram or timer; false where nothing is left before `until`.
+    fn step(&mut self, until: Instant) -> bool {
+        (0..self.hosts.len()).for_each(|at| self.drain(at));
+        let timer = self.hosts.iter().filter_map(|h| h.wait).min();
+        let flight = self.flying.peek().map(|Reverse((at, ..))| *at);
+        let Some(next) = timer.into_iter().chain(flight).min().filter(|at| *at <= until) else {
+            self.now = until;
+            return false;
+        };
+        self.now = self.now.max(next);
+        if flight == Some(next) {
+            let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
+            if let Some(host) = self.hosts.iter_mut().find(|h| h.address == to && !h.cut) {
+                let len = bytes.len();
+                host.node.handle_datagrams(self.now, from, &mut bytes, len);
+            }
+        } else {
+            let now = self.now;
+            self.hosts.iter_mut().filter(|h| h.wait.is_some_and(|w| w <= now)).for_each(|h| h.node.handle_tick(now));
+        }
+        true
+    }
+
+    /// Runs until `done` or for so long; says whether it was done.
+    pub fn run(&mut self, most: Duration, mut done: impl FnMut(&mut Self) -> bool) -> bool {
+        let until = self.now + most;
+        loop {
+            if done(self) {
+                return true;
+            }
+            if !self.step(until) {
+                return done(self);
+            }
+        }
+    }
+
+    pub fn open(&mut self, host: usize, node: &str) -> End {
+        let open = Open {
+            service: ServiceId { namespace: "shop".into(), name: "web".into() },
+            port: 80,
+            protocol: Protocol::Tcp,
+            endpoint: "10.0.0.1:8080".parse().unwrap(),
+        };
+        End { host, key: self.hosts[host].node.open(self.now, node, &open).unwrap() }
+    }
+
+    pub fn answer_of(&mut self, end: End) -> Option<Result<(), Refusal>> {
+        self.hosts[end.host].node.opened(end.key)
+    }
+
+    /// Sends `bytes` from one end and collects what comes out at the other until FIN; false where it stalls.
+    pub fn transfer(&mut self, from: End, to: End, bytes: &[u8], most: Duration) -> Result<Vec<u8>, String> {
+        let (mut sent, mut finished, mut got, mut broken) = (0, false, Vec::new(), None);
+        let done = self.run(most, |world| {
+            while sent < bytes.len() {
+                match world.hosts[from.host].node.write(from.key, &bytes[sent..]) {
+                    Progress::Bytes(n) => sent += n,
+                    Progress::Broken(why) => {
+                        broken = Some(format!("write: {why}"));
+                        return true;
+                    }
+                    Progress::Pending | Progress::End => break,
+                }
+            }
+            if sent == bytes.len() && !finished {
+                finished = world.hosts[from.host].node.finish(from.key) == Progress::End;
+            }
+            let mut buf = [0; 4096];
+            loop {
+                match world.hosts[to.host].node.read(to.key, &mut buf) {
+                    Progress::Bytes(n) => got.extend_from_slice(&buf[..n]),
+                    Progress::End => return true,
+                    Progress::Pending => return false,
+                    Progress::Broken(why) => {
+                        broken = Some(format!("read: {why}"));
+                        return true;
+                    }
+                }
+            }
+        });
+        match broken {
+            Some(why) => Err(why),
+            None if done => Ok(got),
+            None => Err(format!("stalled after {} of {} bytes", got.len(), bytes.len())),
+        }
+    }
+}
