@@ -23,8 +23,18 @@ use std::{
 const SIMULTANEOUS: Duration = Duration::from_secs(10);
 /// A node that has just started may register a moment later than others ask for it.
 const UNKNOWN_GRACE: Duration = Duration::from_secs(1);
+/// A client whose Finished is lost a few times sends it again in longer and longer steps.
+const HALF_OPEN_WAIT: Duration = Duration::from_secs(15);
 /// What "nobody answered" can mean.
 const CAUSES: &str = "it is off or cut off, or its psk, CA or key is another than ours says";
+
+/// How long a handshake may take.
+fn patience(role: &Role) -> Duration {
+    match role {
+        Role::Dialed(_) | Role::Registering(_) => ANSWER_WAIT,
+        Role::Accepted | Role::Registered => HALF_OPEN_WAIT,
+    }
+}
 
 impl Node {
     /// A stream waits for this node.
@@ -106,7 +116,8 @@ impl Node {
     /// When `drive_dials` is next of use.
     pub(super) fn dial_timeout(&self) -> Option<Instant> {
         let wants = self.peers.iter().filter_map(|p| p.want.as_ref()).map(|w| w.next_ask);
-        let dials = self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost).map(|(_, s)| s.born + ANSWER_WAIT);
+        let dials =
+            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost).map(|(_, s)| s.born + patience(&s.role));
         wants.chain(dials).min()
     }
 
@@ -127,7 +138,8 @@ impl Node {
             let why = if up == 0 { "no relay answers" } else { "the relays did not say how to reach it" };
             self.give_up(&name, why);
         }
-        let silent = self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost && now >= s.born + ANSWER_WAIT);
+        let silent =
+            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost && now >= s.born + patience(&s.role));
         let silent: Vec<u32> = silent.map(|(i, _)| i).collect();
         silent.into_iter().for_each(|index| self.nobody_answered(now, index));
     }
