@@ -112,6 +112,8 @@ counters! {
         relay_rejects,
         /// Relay control messages that did not open or were replayed.
         control_rejects,
+        /// Disco messages that did not open or came the wrong way.
+        disco_rejects,
         /// Datagrams relayed for others.
         relayed_datagrams,
         /// Bytes relayed for others.

@@ -4,6 +4,7 @@
 mod cid;
 mod control;
 mod dial;
+mod disco;
 mod drive;
 mod frame;
 mod gate;
@@ -16,11 +17,14 @@ mod open;
 mod outbox;
 mod path;
 mod peer;
+mod punch;
 mod relay;
 mod slot;
 mod stream;
 mod streams;
 mod transport;
+mod view;
+mod ways;
 
 pub use home::RelaySpec;
 pub use keys::Key;

@@ -1,10 +1,8 @@
 //! How a peer is found and reached: questions to the relays, handshakes, and which connection stays.
 
 use super::{
-    PeerView, RelayView,
     home::Action,
     identity::Certificate,
-    identity::Roles,
     node::{Event, Node, Origin},
     noise::{Dial, Purpose},
     path::Path,
@@ -72,7 +70,12 @@ impl Node {
         if peer.dialing.is_some() || peer.want.is_some() {
             return;
         }
-        if let (Some(path), Some(certificate)) = (peer.path, peer.certificate.clone()) {
+        let known = peer.paths.current().or_else(|| {
+            // With a relay at hand the cached address is tried beside it and not instead of it.
+            let alone = self.homes.usable().next().is_none();
+            peer.paths.last_good().filter(|_| alone).map(Path::Direct)
+        });
+        if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             return self.dial(now, name, path, &certificate);
         }
         if relays == 0 {
@@ -151,7 +154,7 @@ impl Node {
             Role::Dialed(name) => {
                 bump(&self.count.handshake_failures);
                 if let Some(peer) = self.peers.get_mut(&name) {
-                    peer.set_path(now, None); // ask the relays again next time
+                    peer.paths.forget(); // ask the relays again next time
                 }
                 self.give_up(&name, &why);
             }
@@ -222,10 +225,10 @@ impl Node {
 
     /// Peers on these paths get another: their connections go on.
     fn paths_lost(&mut self, now: Instant, gone: impl Fn(Path) -> bool) {
-        let hit = |p: &&mut Peer| p.path.is_some_and(&gone);
+        let hit = |p: &&mut Peer| p.paths.relay().is_some_and(&gone);
         let mut again = Vec::new();
         for peer in self.peers.iter_mut().filter(hit) {
-            peer.set_path(now, None);
+            peer.set_relay(now, None);
             if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
                 again.push(peer.name.clone());
             }
@@ -256,23 +259,14 @@ impl Node {
         let path = Path::Relay { relay, flow };
         let Some(peer) = self.peers.get_mut(&name) else { return };
         peer.want = None;
-        peer.certificate = Some(certificate.clone());
-        peer.set_path(now, Some(path));
-        let slots: Vec<u32> = [peer.slot, peer.dialing].into_iter().flatten().collect();
-        if slots.is_empty() {
-            return self.dial(now, &name, path, &certificate);
+        peer.set_relay(now, Some(path));
+        let idle = peer.slot.is_none() && peer.dialing.is_none();
+        self.know(&name, &certificate);
+        self.seek(now, &name);
+        if idle {
+            self.dial(now, &name, path, &certificate);
         }
-        for index in slots {
-            self.move_slot(index, path);
-        }
-    }
-
-    fn move_slot(&mut self, index: u32, path: Path) {
-        if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path) {
-            slot.path = path;
-            slot.conn.ping(); // says to the other end where we are
-            self.touch(index);
-        }
+        self.follow(&name);
     }
 
     fn not_found(&mut self, now: Instant, relay: usize, request: u32) {
@@ -297,13 +291,12 @@ impl Node {
         let name = certificate.name.clone();
         let Some(peer) = self.peers.entry(now, &name) else { return };
         let path = Path::Relay { relay, flow };
-        peer.certificate = Some(certificate);
         peer.want = None;
-        peer.set_path(now, Some(path));
-        let slots: Vec<u32> = [peer.slot, peer.dialing].into_iter().flatten().collect();
-        let idle = slots.is_empty() && !peer.waiting.is_empty();
+        peer.set_relay(now, Some(path));
+        let idle = peer.slot.is_none() && peer.dialing.is_none() && !peer.waiting.is_empty();
+        self.know(&name, &certificate);
         self.peers.bind_flow(relay, flow, &name);
-        slots.into_iter().for_each(|index| self.move_slot(index, path));
+        self.follow(&name);
         if idle {
             self.reach(now, &name);
         }
@@ -311,22 +304,22 @@ impl Node {
 
     /// A datagram for this slot came from there.
     pub(super) fn heard(&mut self, now: Instant, index: u32, origin: Origin, len: u64) {
-        let Some(slot) = self.slots.get(index) else { return };
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        slot.rx_bytes += len;
+        let path = slot.path;
         let Some(name) = slot.peer.clone() else { return };
-        if let Some(peer) = self.peers.get_mut(&name) {
-            peer.rx_bytes += len;
-        }
-        if slot.path == origin.path() {
+        self.path_heard(now, &name, origin);
+        if path == origin.path() {
             return;
         }
         // The relay vouches for whom a flow is with: only then does the path follow.
         if let Origin::Relay { relay, flow } = origin {
             match self.peers.of_flow(relay, flow) {
                 Some(known) if known == name => {
-                    if let Some(peer) = self.peers.get_mut(&name) {
-                        peer.set_path(now, Some(origin.path()));
+                    if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.paths.relay() != Some(origin.path())) {
+                        peer.set_relay(now, Some(origin.path()));
+                        self.follow(&name);
                     }
-                    self.move_slot(index, origin.path());
                 }
                 Some(_) => {}
                 None => self.homes.who(relay, flow, &mut self.outbox),
@@ -358,8 +351,8 @@ impl Node {
             slot.idle_since = now;
         }
         log::info!(target: "tunnel", "{name}: connected by {}", self.describe(path));
+        self.know(&name, certificate);
         if let Some(peer) = self.peers.get_mut(&name) {
-            peer.certificate = Some(certificate.clone());
             peer.note.clear();
             peer.want = None;
             if peer.dialing == Some(index) {
@@ -367,13 +360,16 @@ impl Node {
             }
             if !keep_old {
                 peer.slot = Some(index);
-            }
-            if peer.path.is_none() {
-                peer.set_path(now, Some(path));
+                peer.paths.confirmed(now, path);
+                peer.path_since = now;
             }
         }
         if let Path::Relay { relay, flow } = path {
             self.peers.bind_flow(relay, flow, &name);
+        }
+        self.follow(&name);
+        if path.is_relay() {
+            self.seek(now, &name);
         }
         if let Some(slot) = self.peers.get(&name).and_then(|p| p.slot) {
             self.open_waiting(slot);
@@ -415,6 +411,12 @@ impl Node {
     pub(super) fn lose(&mut self, now: Instant, index: u32, why: &str) {
         let Some(slot) = self.slots.get_mut(index).filter(|s| !s.lost) else { return };
         slot.lost = true;
+        slot.recent = std::collections::VecDeque::new();
+        let (tx, rx) = (slot.tx_bytes, slot.rx_bytes);
+        if let Some(peer) = slot.peer.as_ref().and_then(|name| self.peers.get_mut(name)) {
+            peer.tx_bytes += tx;
+            peer.rx_bytes += rx;
+        }
         let streams = std::mem::take(&mut slot.streams);
         let (role, name) = (slot.role.clone(), slot.peer.clone());
         self.kill_streams(streams.into_values(), why);
@@ -424,7 +426,7 @@ impl Node {
                 if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.dialing == Some(index)) {
                     peer.dialing = None;
                     if peer.slot.is_none() {
-                        peer.set_path(now, None);
+                        peer.paths.forget();
                         self.give_up(&name, why);
                     }
                 }
@@ -442,64 +444,5 @@ impl Node {
             }
             (Role::Accepted | Role::Registered, None) => {}
         }
-    }
-
-    pub(super) fn describe(&self, path: Path) -> String {
-        match path {
-            Path::Direct(address) => address.to_string(),
-            Path::Relay { relay, .. } => {
-                format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
-            }
-        }
-    }
-
-    #[must_use]
-    pub fn peer_views(&self, now: Instant) -> Vec<PeerView> {
-        let view = |p: &Peer| {
-            let slot = p.slot.and_then(|index| self.slots.get(index));
-            let path = slot.map(|s| s.path);
-            PeerView {
-                name: p.name.clone(),
-                path: path.map_or("none", |p| if p.is_relay() { "relay" } else { "direct" }),
-                via: path.map(|p| self.describe(p)).unwrap_or_default(),
-                rtt_ms: slot.map(|s| u32::try_from(s.conn.rtt().as_millis()).unwrap_or(u32::MAX)),
-                since_secs: slot.map_or(0, |_| now.saturating_duration_since(p.path_since).as_secs()),
-                streams: self
-                    .slots
-                    .iter()
-                    .filter(|(_, s)| s.peer.as_ref() == Some(&p.name))
-                    .map(|(_, s)| s.streams.len())
-                    .sum(),
-                tx_bytes: p.tx_bytes,
-                rx_bytes: p.rx_bytes,
-                note: p.note.clone(),
-            }
-        };
-        self.peers.iter().map(view).collect()
-    }
-
-    #[must_use]
-    pub fn relay_views(&self) -> Vec<RelayView> {
-        let view = |relay: usize| {
-            let home = self.homes.get(relay)?;
-            let (registered, rtt, _, observed) = self.homes.view(relay);
-            Some(RelayView {
-                name: home.certificate.name.clone(),
-                address: home.address.map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
-                registered,
-                rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
-                note: match observed {
-                    Some(address) if registered => format!("sees us as {address}"),
-                    _ => home.note.clone(),
-                },
-            })
-        };
-        (0..self.homes.len()).filter_map(view).collect()
-    }
-
-    /// Whether a certificate may serve as a relay's.
-    #[must_use]
-    pub fn may_relay(certificate: &Certificate) -> bool {
-        certificate.roles.contains(Roles::RELAY)
     }
 }

@@ -29,8 +29,12 @@ impl Node {
             }
         }
         let timers = self.slots.iter().filter_map(|(_, s)| s.timeout);
-        let others =
-            [self.homes.poll_timeout(), self.relay.as_ref().and_then(Relay::poll_timeout), self.dial_timeout()];
+        let others = [
+            self.homes.poll_timeout(),
+            self.relay.as_ref().and_then(Relay::poll_timeout),
+            self.dial_timeout(),
+            self.path_timeout(),
+        ];
         let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
         self.due = due;
         Output::Wait(due)
@@ -89,6 +93,7 @@ impl Node {
             Path::Direct(address) => {
                 let transmit = slot.conn.poll_transmit(now, self.gso, buf)?;
                 buf.truncate(transmit.size);
+                self.shadow(now, index, buf, transmit.segment_size);
                 (Some(address), transmit.segment_size)
             }
             Path::Relay { relay, flow } => {
@@ -101,9 +106,23 @@ impl Node {
                 (address, transmit.segment_size.map(|s| s + DATA_HEADER))
             }
         };
-        if let Some(peer) = slot.peer.as_ref().and_then(|name| self.peers.get_mut(name)) {
-            peer.tx_bytes += buf.len() as u64;
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.tx_bytes += buf.len() as u64;
         }
+        self.path_sent(now, index);
         Some((to, segment))
+    }
+
+    /// What went by the direct path is kept for a while, and goes by the relay too while that path is suspect.
+    fn shadow(&mut self, now: Instant, index: u32, datagrams: &[u8], segment: Option<usize>) {
+        let size = segment.unwrap_or(datagrams.len()).max(1);
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        if slot.peer.is_none() {
+            return;
+        }
+        slot.remember(datagrams, size);
+        if let Some(path) = slot.also {
+            datagrams.chunks(size).for_each(|datagram| self.send_raw(now, path, datagram));
+        }
     }
 }

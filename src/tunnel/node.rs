@@ -116,6 +116,8 @@ pub struct Node {
     pub(super) scratch: Vec<u8>,
     pub(super) gso: usize,
     pub(super) rng: fastrand::Rng,
+    /// Where we may be reached by ourselves: the interfaces' addresses with our port.
+    pub(super) local: Vec<SocketAddr>,
     pub(super) count: Rc<TunnelCounters>,
 }
 
@@ -150,6 +152,7 @@ impl Node {
             scratch: Vec::new(),
             gso: config.gso.max(1),
             rng,
+            local: Vec::new(),
             count,
         }
     }
@@ -224,7 +227,8 @@ impl Node {
             },
             Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
             // Their handlers come with direct paths; until then they are dropped like the unknown.
-            Kind::Stun | Kind::Disco | Kind::Beacon | Kind::Unknown => {
+            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
+            Kind::Stun | Kind::Beacon | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
             }
         }
@@ -251,12 +255,15 @@ impl Node {
                 bump(&self.count.relay_rejects);
                 continue;
             };
-            if classify(datagram) != Kind::Quic {
-                bump(&self.count.unknown_first_byte);
-                continue;
-            }
+            let (kind, origin) = (classify(datagram), Origin::Relay { relay, flow });
             frame.advance(DATA_HEADER);
-            self.handle_quic(now, Origin::Relay { relay, flow }, frame);
+            match kind {
+                Kind::Quic => self.handle_quic(now, origin, frame),
+                Kind::Disco => self.handle_disco(now, origin, &frame),
+                Kind::Stun | Kind::RelayData | Kind::RelayControl | Kind::Beacon | Kind::Unknown => {
+                    bump(&self.count.unknown_first_byte);
+                }
+            }
         }
     }
 
@@ -377,6 +384,10 @@ impl Node {
             streams: std::collections::BTreeMap::new(),
             timeout: Some(now),
             dirty: false,
+            tx_bytes: 0,
+            rx_bytes: 0,
+            also: None,
+            recent: VecDeque::new(),
         };
         self.slots.insert(index, slot);
         self.by_handle.insert(handle, index);
@@ -408,7 +419,7 @@ impl Node {
     }
 
     /// A datagram outside any connection's flow control; dropped where its path is down.
-    fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
+    pub(super) fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
         let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
         let to = match path {
             Path::Direct(address) => {
@@ -447,6 +458,7 @@ impl Node {
             relay.handle_timeout(now);
         }
         self.drive_dials(now);
+        self.drive_paths(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);

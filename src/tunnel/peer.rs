@@ -1,6 +1,11 @@
 //! What is known of another node: a record of a few hundred bytes, not a connection.
 
-use super::{identity::Certificate, path::Path};
+use super::{
+    disco::{DiscoKeys, Mapping},
+    identity::Certificate,
+    path::Path,
+    punch::Paths,
+};
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant},
@@ -29,8 +34,11 @@ pub(super) struct Peer {
     pub(super) slot: Option<u32>,
     /// A handshake of ours under way.
     pub(super) dialing: Option<u32>,
-    pub(super) path: Option<Path>,
+    pub(super) paths: Paths,
     pub(super) path_since: Instant,
+    pub(super) disco: Option<DiscoKeys>,
+    /// Of the peer's NAT, as it says.
+    pub(super) mapping: Mapping,
     pub(super) want: Option<Want>,
     /// Our keys of streams that wait for a connection.
     pub(super) waiting: VecDeque<u32>,
@@ -46,8 +54,10 @@ impl Peer {
             certificate: None,
             slot: None,
             dialing: None,
-            path: None,
+            paths: Paths::default(),
             path_since: now,
+            disco: None,
+            mapping: Mapping::Unknown,
             want: None,
             waiting: VecDeque::new(),
             note: String::new(),
@@ -56,9 +66,9 @@ impl Peer {
         }
     }
 
-    pub(super) fn set_path(&mut self, now: Instant, path: Option<Path>) {
-        if self.path != path {
-            self.path = path;
+    /// The path by the relay, or that it is gone.
+    pub(super) fn set_relay(&mut self, now: Instant, path: Option<Path>) {
+        if self.paths.set_relay(path) {
             self.path_since = now;
         }
     }
@@ -73,6 +83,7 @@ impl Peer {
 pub(super) struct Peers {
     by_name: BTreeMap<String, Peer>,
     by_flow: HashMap<(usize, u32), String>,
+    by_disco: HashMap<u64, String>,
 }
 
 impl Peers {
@@ -98,8 +109,31 @@ impl Peers {
             let idle = self.by_name.values().filter(|p| !p.in_use()).min_by_key(|p| p.path_since)?.name.clone();
             self.by_name.remove(&idle);
             self.by_flow.retain(|_, n| *n != idle);
+            self.by_disco.retain(|_, n| *n != idle);
         }
         Some(self.by_name.entry(name.into()).or_insert_with(|| Peer::new(name, now)))
+    }
+
+    /// The peer whose disco keys have this id.
+    pub(super) fn of_disco(&self, id: u64) -> Option<&str> {
+        self.by_disco.get(&id).map(String::as_str)
+    }
+
+    /// The peer's certificate, which the caller has checked, and the keys that follow from it.
+    pub(super) fn know(&mut self, name: &str, certificate: &Certificate, keys: impl FnOnce() -> Option<DiscoKeys>) {
+        let Some(peer) = self.by_name.get_mut(name) else { return };
+        if peer.certificate.as_ref().is_some_and(|c| c.key == certificate.key) {
+            peer.certificate = Some(certificate.clone());
+            return;
+        }
+        if let Some(old) = &peer.disco {
+            self.by_disco.remove(&old.in_id);
+        }
+        peer.certificate = Some(certificate.clone());
+        peer.disco = keys();
+        if let Some(keys) = &peer.disco {
+            self.by_disco.insert(keys.in_id, name.into());
+        }
     }
 
     /// A relay says with whom a flow is.

@@ -3,7 +3,7 @@
 use super::path::Path;
 use quinn_proto::{Connection, ConnectionHandle, StreamId};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     time::Instant,
 };
@@ -12,6 +12,8 @@ use std::{
 pub(super) const STRANGER: u32 = 0;
 /// Live connections and handshakes; more are not accepted, and dials fail. 14–20 kB each.
 pub(super) const SLOTS_MAX: usize = 320;
+/// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
+const RECENT_MAX: usize = 32;
 /// RFC 4193: a random prefix, never on any wire.
 const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
@@ -55,6 +57,25 @@ pub(super) struct Slot {
     pub(super) streams: BTreeMap<StreamId, u32>,
     pub(super) timeout: Option<Instant>,
     pub(super) dirty: bool,
+    pub(super) tx_bytes: u64,
+    pub(super) rx_bytes: u64,
+    /// All that is sent by the direct path goes this way too, while that one is suspect.
+    pub(super) also: Option<Path>,
+    /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
+    pub(super) recent: VecDeque<Vec<u8>>,
+}
+
+impl Slot {
+    pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {
+        let skip = datagrams.len().div_ceil(segment).saturating_sub(RECENT_MAX);
+        for datagram in datagrams.chunks(segment).skip(skip) {
+            let mut buffer =
+                if self.recent.len() >= RECENT_MAX { self.recent.pop_front() } else { None }.unwrap_or_default();
+            buffer.clear();
+            buffer.extend_from_slice(datagram);
+            self.recent.push_back(buffer);
+        }
+    }
 }
 
 /// A small slab: indices are stable and start behind [`STRANGER`].

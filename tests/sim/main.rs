@@ -1,6 +1,9 @@
 //! Virtual time, a seeded network, no sockets.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, unreachable_pub)]
 
+mod direct;
+mod nat;
+mod pair;
 mod relayed;
 mod world;
 

@@ -1,75 +1,21 @@
 //! Two nodes and a relay.
 
-use crate::world::{Cluster, End, NOW, World};
-use std::time::Duration;
-use weft::tunnel::{
-    Refusal, RelaySpec,
-    identity::{Certificate, KeyPair, Roles},
+use crate::{
+    nat::Kind,
+    pair::{Pair, RELAY, SEC, connect, payload, seeds, spec},
+    world::{NOW, World},
 };
-
-const RELAY: &str = "11.0.0.1:7843";
-const SEC: Duration = Duration::from_secs(1);
-/// More with WEFT_SEEDS; one alone with WEFT_SEED.
-fn seeds(few: u64) -> std::ops::Range<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
-    crate::log_to_stderr();
-    number("WEFT_SEED").map_or(0..number("WEFT_SEEDS").unwrap_or(few), |seed| seed..seed + 1)
-}
-const LATER: u64 = NOW + 1_000_000;
-
-struct Pair {
-    world: World,
-    cluster: Cluster,
-    relay: (KeyPair, Certificate),
-    a: (KeyPair, Certificate),
-    b: (KeyPair, Certificate),
-}
-
-fn spec(certificate: &Certificate) -> Vec<RelaySpec> {
-    let (host, port) = RELAY.split_once(':').unwrap();
-    vec![RelaySpec { certificate: certificate.clone(), host: host.into(), port: port.parse().unwrap() }]
-}
-
-/// Hosts 0: relay, 1: a, 2: b.
-fn pair(seed: u64) -> Pair {
-    let cluster = Cluster::new();
-    let relay = cluster.identity("relay-1", Roles::RELAY, LATER);
-    let (a, b) = (cluster.identity("a", Roles::NONE, LATER), cluster.identity("b", Roles::NONE, LATER));
-    let mut world = World::new(seed);
-    world.add(RELAY, &cluster, &relay, Vec::new());
-    world.add("11.1.0.1:1000", &cluster, &a, spec(&relay.1));
-    world.add("11.2.0.1:1000", &cluster, &b, spec(&relay.1));
-    Pair { world, cluster, relay, a, b }
-}
-
-/// Opens a stream from a to b and has b accept it.
-fn connect(world: &mut World, most: Duration) -> Result<(End, End), String> {
-    let near = world.open(1, "b");
-    let mut far = None;
-    world.run(most, |w| {
-        if let Some((key, peer, _)) = w.hosts[2].incoming.pop_front() {
-            assert_eq!(peer, "a");
-            w.hosts[2].node.answer(key, &Ok(()));
-            far = Some(End { host: 2, key });
-        }
-        w.answer_of(near).is_some()
-    });
-    match (world.answer_of(near), far) {
-        (Some(Ok(())), Some(far)) => Ok((near, far)),
-        other => Err(format!("{other:?}")),
-    }
-}
-
-fn payload(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
-}
+use std::time::Duration;
+use weft::tunnel::{Refusal, identity::Roles};
 
 #[test]
 fn streams_carry_all_bytes_both_ways_through_loss_delay_and_duplication() {
     for seed in seeds(30) {
-        let mut p = pair(seed);
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
         p.world.loss = if seed % 3 == 0 { 0.0 } else { 0.1 };
         p.world.duplicate = 0.05;
+        let registered = |w: &mut World| w.hosts[1..3].iter().all(|h| h.node.relay_views()[0].registered);
+        assert!(p.world.run(60 * SEC, registered), "seed {seed}: not registered");
         let (near, far) = connect(&mut p.world, 20 * SEC).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         for (from, to) in [(near, far), (far, near)] {
             let bytes = payload(200_000);
@@ -81,7 +27,7 @@ fn streams_carry_all_bytes_both_ways_through_loss_delay_and_duplication() {
 
 #[test]
 fn the_first_answer_comes_within_three_round_trips_of_registration() {
-    let mut p = pair(1);
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
     p.world.delay = Duration::from_millis(25);
     p.world.run(2 * SEC, |_| false);
     let start = p.world.now;
@@ -94,7 +40,7 @@ fn the_first_answer_comes_within_three_round_trips_of_registration() {
 #[test]
 fn a_restarted_relay_is_used_again_and_no_stream_is_lost() {
     for seed in seeds(10) {
-        let mut p = pair(seed);
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
         let (near, far) = connect(&mut p.world, 5 * SEC).unwrap();
         let (node, count) = p.world.node(&p.cluster, &p.relay, Vec::new());
         (p.world.hosts[0].node, p.world.hosts[0].count) = (node, count);
@@ -109,7 +55,7 @@ fn a_restarted_relay_is_used_again_and_no_stream_is_lost() {
 #[test]
 fn a_restarted_node_is_reached_again() {
     for seed in seeds(10) {
-        let mut p = pair(seed);
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
         connect(&mut p.world, 5 * SEC).unwrap();
         let (node, count) = p.world.node(&p.cluster, &p.b, spec(&p.relay.1));
         (p.world.hosts[2].node, p.world.hosts[2].count) = (node, count);
@@ -123,7 +69,7 @@ fn a_restarted_node_is_reached_again() {
 #[test]
 fn simultaneous_dials_end_in_working_streams_both_ways() {
     for seed in seeds(50) {
-        let mut p = pair(seed);
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
         let (ab, ba) = (p.world.open(1, "b"), p.world.open(2, "a"));
         let done = p.world.run(5 * SEC, |w| {
             for host in [1, 2] {
@@ -148,7 +94,7 @@ fn refused(p: &mut Pair) -> String {
 
 #[test]
 fn an_expired_certificate_is_refused_with_the_reason() {
-    let mut p = pair(1);
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
     p.a = p.cluster.identity("a", Roles::NONE, NOW - 1);
     let (node, count) = p.world.node(&p.cluster, &p.a, spec(&p.relay.1));
     (p.world.hosts[1].node, p.world.hosts[1].count) = (node, count);
@@ -163,7 +109,7 @@ fn an_expired_certificate_is_refused_with_the_reason() {
 
 #[test]
 fn a_node_with_another_psk_gets_no_byte_back() {
-    let mut p = pair(1);
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
     p.cluster.psks = vec![(1, [8; 32])];
     let (node, count) = p.world.node(&p.cluster, &p.a, spec(&p.relay.1));
     (p.world.hosts[1].node, p.world.hosts[1].count) = (node, count);
@@ -175,7 +121,7 @@ fn a_node_with_another_psk_gets_no_byte_back() {
 
 #[test]
 fn an_unknown_name_fails_soon_and_says_so() {
-    let mut p = pair(1);
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
     p.world.run(2 * SEC, |_| false);
     let (start, near) = (p.world.now, p.world.open(1, "nobody"));
     p.world.run(8 * SEC, |w| w.answer_of(near).is_some());

@@ -1,5 +1,6 @@
 //! A small world: nodes, a network with delay, loss and duplication, one virtual clock, one seed.
 
+use crate::nat::{Kind, Nat};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, VecDeque},
@@ -52,6 +53,8 @@ pub struct Host {
     pub wait: Option<Instant>,
     /// Datagrams to and from it vanish.
     pub cut: bool,
+    /// The NATs that it is behind, the inner one first.
+    pub nats: Vec<usize>,
 }
 
 type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
@@ -63,6 +66,9 @@ pub struct World {
     pub delay: Duration,
     pub loss: f64,
     pub duplicate: f64,
+    pub nats: Vec<Nat>,
+    /// Pairs of hosts between which nothing passes but by a third.
+    pub blocked: Vec<(usize, usize)>,
     /// Bytes that left each host.
     pub sent: BTreeMap<SocketAddr, u64>,
     flying: BinaryHeap<Flight>,
@@ -85,6 +91,8 @@ impl World {
             delay: Duration::from_millis(10),
             loss: 0.0,
             duplicate: 0.0,
+            nats: Vec::new(),
+            blocked: Vec::new(),
             sent: BTreeMap::new(),
             flying: BinaryHeap::new(),
             serial: 0,
@@ -134,8 +142,79 @@ impl World {
         let (node, count) = self.node(cluster, identity, relays);
         let address = address.parse().unwrap();
         let wait = Some(self.now);
-        self.hosts.push(Host { node, address, count, incoming: VecDeque::new(), woken: 0, wait, cut: false });
+        self.hosts.push(Host {
+            node,
+            address,
+            count,
+            incoming: VecDeque::new(),
+            woken: 0,
+            wait,
+            cut: false,
+            nats: Vec::new(),
+        });
         self.hosts.len() - 1
+    }
+
+    /// A node behind NATs of a kind, at site `n`.
+    pub fn add_site(
+        &mut self,
+        n: u8,
+        kind: Kind,
+        cluster: &Cluster,
+        identity: &(KeyPair, Certificate),
+        relays: Vec<RelaySpec>,
+    ) -> usize {
+        let address = match kind {
+            Kind::Public => format!("11.{n}.0.1:7843"),
+            _ => format!("192.168.{n}.2:7843"),
+        };
+        let host = self.add(&address, cluster, identity, relays);
+        if let Some(behaviour) = kind.behaviour() {
+            let mut nats = vec![format!("11.{n}.0.1")];
+            if kind == Kind::Double {
+                nats.insert(0, format!("100.64.{n}.1"));
+            }
+            for public in nats {
+                self.nats.push(Nat::new(public.parse().unwrap(), behaviour));
+                self.hosts[host].nats.push(self.nats.len() - 1);
+            }
+        }
+        let local = self.hosts[host].address;
+        self.hosts[host].node.set_local(self.now, vec![local]);
+        host
+    }
+
+    /// Out through the sender's NATs: the source that the internet sees. None: it cannot leave.
+    fn leave(&mut self, host: usize, to: SocketAddr) -> Option<SocketAddr> {
+        let mut source = self.hosts[host].address;
+        let private = |a: SocketAddr| a.to_string().starts_with("192.168.") || a.to_string().starts_with("100.64.");
+        let chain = self.hosts[host].nats.clone();
+        for nat in chain {
+            if self.nats[nat].public == to.ip() && !self.nats[nat].hairpin {
+                return None;
+            }
+            source = self.nats[nat].outbound(self.now, source, to, &mut self.rng);
+        }
+        (!private(to) && !private(source)).then_some(source)
+    }
+
+    /// In through the receiver's NATs: the host.
+    fn arrive(&mut self, from: SocketAddr, mut to: SocketAddr) -> Option<usize> {
+        let now = self.now;
+        while let Some(nat) = self.nats.iter_mut().find(|n| n.public == to.ip()) {
+            to = nat.inbound(now, from, to.port())?;
+        }
+        self.hosts.iter().position(|h| h.address == to)
+    }
+
+    fn launch(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
+        let from = self.hosts[host].address;
+        // On one LAN there is no NAT between.
+        let same = |h: &Host| h.address == to && h.nats == self.hosts[host].nats;
+        let source = if self.hosts.iter().any(same) { Some(from) } else { self.leave(host, to) };
+        if let Some(source) = source {
+            self.inject(source, to, bytes);
+        }
     }
 
     pub fn inject(&mut self, from: SocketAddr, to: SocketAddr, bytes: Vec<u8>) {
@@ -161,7 +240,7 @@ impl World {
                     *self.sent.entry(from).or_default() += buf.len() as u64;
                     for datagram in buf.chunks(segment.unwrap_or(buf.len())) {
                         if !cut {
-                            self.inject(from, to, datagram.to_vec());
+                            self.launch(at, to, datagram.to_vec());
                         }
                     }
                 }
@@ -176,6 +255,13 @@ impl World {
         }
     }
 
+    /// The host that sends from this public source.
+    fn owner(&self, source: SocketAddr) -> Option<usize> {
+        self.hosts
+            .iter()
+            .position(|h| h.address == source || h.nats.iter().any(|n| self.nats[*n].public == source.ip()))
+    }
+
     /// The next datagram or timer; false where nothing is left before `until`.
     fn step(&mut self, until: Instant) -> bool {
         (0..self.hosts.len()).for_each(|at| self.drain(at));
@@ -188,9 +274,13 @@ impl World {
         self.now = self.now.max(next);
         if flight == Some(next) {
             let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
-            if let Some(host) = self.hosts.iter_mut().find(|h| h.address == to && !h.cut) {
+            let sender = self.owner(from);
+            if let Some(at) = self.arrive(from, to).filter(|at| !self.hosts[*at].cut) {
+                let pair = sender.map(|s| (s.min(at), s.max(at)));
                 let len = bytes.len();
-                host.node.handle_datagrams(self.now, from, &mut bytes, len);
+                if pair.is_none_or(|p| !self.blocked.contains(&p)) {
+                    self.hosts[at].node.handle_datagrams(self.now, from, &mut bytes, len);
+                }
             }
         } else {
             let now = self.now;

@@ -1,0 +1,562 @@
+//! The path machine of one peer: NONE → RELAY → PROBING → DIRECT → SUSPECT → DIRECT | RELAY.
+//!
+//! It is told of candidates, pings, pongs and traffic, and says what to send and which path the data takes.
+//! Data never waits for it: until a path is proven, the relay carries it.
+
+use super::{disco::CANDIDATES_MAX, path::Path};
+use std::{
+    collections::VecDeque,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+/// Of a round: both sides send at the same times, so that a lost packet costs 50 ms and not 5 s.
+const SCHEDULE: [Duration; 6] = [
+    Duration::ZERO,
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+];
+/// After the last PING of a round: time for its PONG.
+const ROUND_TAIL: Duration = Duration::from_millis(700);
+/// Between rounds that found nothing; the last one again and again.
+const ROUND_GAPS: [Duration; 5] = [
+    Duration::from_secs(5),
+    Duration::from_secs(15),
+    Duration::from_secs(60),
+    Duration::from_secs(300),
+    Duration::from_secs(900),
+];
+/// A path that carried bytes in this time is pinged each [`PING_BUSY`], so that a node that only receives
+/// learns of a rebinding too.
+const BUSY: Duration = Duration::from_secs(10);
+const PING_BUSY: Duration = Duration::from_secs(1);
+/// Below the 30 s for which many home NATs keep an idle UDP mapping, despite RFC 4787 REQ-5's two minutes.
+const KEEPALIVE: Duration = Duration::from_secs(25);
+/// A peer that was not used for so long may lose its mapping.
+const IN_USE: Duration = Duration::from_secs(300);
+/// Silence after a send that makes a path suspect.
+const SUSPECT_AFTER: Duration = Duration::from_secs(1);
+/// Silence that ends it.
+const DEAD_AFTER: Duration = Duration::from_secs(3);
+/// A send that got no answer yet is followed by a PING so soon: an ACK of QUIC's asks for none.
+const NUDGE: Duration = Duration::from_millis(250);
+/// How long a PONG proves its path.
+const PROOF: Duration = Duration::from_secs(5);
+/// PINGs without a PONG that are remembered; the oldest is forgotten.
+const PROBES_MAX: usize = 128;
+/// An RTT must be better by this, or by a tenth, to be worth a switch among equals.
+const BETTER: Duration = Duration::from_millis(5);
+
+/// What the node does for the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Do {
+    Ping {
+        to: SocketAddr,
+        txid: u64,
+    },
+    /// By the relay; `asks` for theirs.
+    CallMeMaybe {
+        asks: bool,
+    },
+    /// The data takes this path from now on; it is proven.
+    Switch(Path),
+    /// The last datagrams again by the relay, and all new ones by both paths.
+    Suspect,
+    /// The direct path answered again: by it alone.
+    Trust,
+}
+
+struct Candidate {
+    address: SocketAddr,
+    rtt: Option<Duration>,
+    proven: Option<Instant>,
+}
+
+struct Round {
+    start: Instant,
+    sent: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Paths {
+    current: Option<Path>,
+    relay: Option<Path>,
+    candidates: Vec<Candidate>,
+    probes: VecDeque<(u64, SocketAddr, Instant)>,
+    round: Option<Round>,
+    failed_rounds: usize,
+    next_round: Option<Instant>,
+    next_ping: Option<Instant>,
+    /// Bytes of QUIC's, either way.
+    used: Option<Instant>,
+    /// The first send by the direct path since something last came by it.
+    silent_since: Option<Instant>,
+    suspect: bool,
+    last_good: Option<SocketAddr>,
+    called: Option<Instant>,
+}
+
+/// LAN, IPv6, IPv4; lower is better.
+fn rank(address: SocketAddr) -> u8 {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_private() || ip.is_link_local() => 0,
+        IpAddr::V6(ip) if ip.is_unique_local() || ip.is_unicast_link_local() => 0,
+        IpAddr::V6(_) => 1,
+        IpAddr::V4(_) => 2,
+    }
+}
+
+impl Paths {
+    pub(super) fn current(&self) -> Option<Path> {
+        self.current
+    }
+
+    pub(super) fn last_good(&self) -> Option<SocketAddr> {
+        self.last_good
+    }
+
+    pub(super) fn is_suspect(&self) -> bool {
+        self.suspect
+    }
+
+    /// How many addresses of the peer were tried.
+    pub(super) fn tried(&self) -> usize {
+        self.candidates.len()
+    }
+
+    /// A cached address, of the snapshot or of a beacon.
+    pub(super) fn remember(&mut self, address: SocketAddr) {
+        self.last_good = Some(address);
+        self.learn(address);
+    }
+
+    /// The relay path, or that there is none any more. True where data has a path now that had none.
+    pub(super) fn set_relay(&mut self, path: Option<Path>) -> bool {
+        self.relay = path;
+        if self.current.is_none_or(Path::is_relay) {
+            self.current = path;
+            return path.is_some();
+        }
+        false
+    }
+
+    /// A handshake was confirmed by this path. A new connection that came by the relay says that what we
+    /// held for direct is of the time before the peer's restart.
+    pub(super) fn confirmed(&mut self, now: Instant, path: Path) {
+        match path {
+            Path::Direct(address) => {
+                self.learn(address);
+                if let Some(candidate) = self.candidates.iter_mut().find(|c| c.address == address) {
+                    candidate.proven = Some(now);
+                }
+                if self.current.is_none_or(Path::is_relay) {
+                    self.current = Some(path);
+                    self.last_good = Some(address);
+                    self.next_ping = Some(now + PING_BUSY);
+                }
+            }
+            Path::Relay { .. } => {
+                (self.relay, self.current) = (Some(path), Some(path));
+            }
+        }
+        (self.suspect, self.silent_since) = (false, None);
+    }
+
+    /// Nobody answered by any of these paths.
+    pub(super) fn forget(&mut self) {
+        (self.relay, self.current, self.last_good) = (None, None, None);
+        (self.suspect, self.silent_since) = (false, None);
+    }
+
+    pub(super) fn relay(&self) -> Option<Path> {
+        self.relay
+    }
+
+    fn learn(&mut self, address: SocketAddr) -> bool {
+        if self.candidates.iter().any(|c| c.address == address) {
+            return false;
+        }
+        if self.candidates.len() >= CANDIDATES_MAX {
+            let keep = self.current;
+            // The least useful goes: never proven, or proven longest ago.
+            let worst = self.candidates.iter().enumerate().filter(|(_, c)| keep != Some(Path::Direct(c.address)));
+            if let Some((at, _)) = worst.min_by_key(|(_, c)| c.proven) {
+                self.candidates.swap_remove(at);
+            }
+        }
+        self.candidates.push(Candidate { address, rtt: None, proven: None });
+        true
+    }
+
+    /// The peer's own list, by CALL_ME_MAYBE: replaces what was never proven.
+    pub(super) fn called(&mut self, now: Instant, asks: bool, list: &[SocketAddr], out: &mut Vec<Do>) {
+        let (current, good) = (self.current, self.last_good);
+        self.candidates.retain(|c| {
+            list.contains(&c.address)
+                || current == Some(Path::Direct(c.address))
+                || good == Some(c.address)
+                || c.proven.is_some()
+        });
+        let fresh = list.iter().filter(|a| self.learn(**a)).count();
+        if fresh > 0 {
+            self.failed_rounds = 0;
+        }
+        if asks {
+            out.push(Do::CallMeMaybe { asks: false });
+        }
+        self.start_round(now);
+    }
+
+    /// Something changed at our end, or the peer is needed: look for a path now.
+    pub(super) fn seek(&mut self, now: Instant, out: &mut Vec<Do>) {
+        self.failed_rounds = 0;
+        if self.called.is_none_or(|at| now >= at + SCHEDULE[3]) {
+            self.called = Some(now);
+            out.push(Do::CallMeMaybe { asks: true });
+        }
+        self.start_round(now);
+    }
+
+    fn start_round(&mut self, now: Instant) {
+        // A round that has just begun serves as well.
+        if self.round.as_ref().is_none_or(|r| now >= r.start + SCHEDULE[2]) {
+            self.round = Some(Round { start: now, sent: 0 });
+        }
+        self.next_round = None;
+    }
+
+    fn ping(&mut self, now: Instant, to: SocketAddr, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        let txid = rng.u64(..);
+        if self.probes.len() >= PROBES_MAX {
+            self.probes.pop_front();
+        }
+        self.probes.push_back((txid, to, now));
+        out.push(Do::Ping { to, txid });
+    }
+
+    /// A QUIC datagram, or a PING, came from this address.
+    pub(super) fn came_from(&mut self, now: Instant, from: SocketAddr, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        if self.current == Some(Path::Direct(from)) {
+            self.alive(out);
+            return;
+        }
+        self.learn(from);
+        let asked = |p: &(u64, SocketAddr, Instant)| p.1 == from && now < p.2 + SCHEDULE[1];
+        let proven = |c: &Candidate| c.address == from && c.proven.is_some_and(|at| now < at + SUSPECT_AFTER);
+        if !self.probes.iter().any(asked) && !self.candidates.iter().any(proven) {
+            self.ping(now, from, rng, out);
+        }
+    }
+
+    fn alive(&mut self, out: &mut Vec<Do>) {
+        self.silent_since = None;
+        if std::mem::take(&mut self.suspect) {
+            out.push(Do::Trust);
+        }
+    }
+
+    /// The transaction ID cannot be guessed: the path is proven.
+    pub(super) fn ponged(&mut self, now: Instant, txid: u64, out: &mut Vec<Do>) -> Option<SocketAddr> {
+        let at = self.probes.iter().position(|p| p.0 == txid)?;
+        let (_, address, sent) = self.probes.remove(at)?;
+        let rtt = now.saturating_duration_since(sent);
+        self.learn(address);
+        let candidate = self.candidates.iter_mut().find(|c| c.address == address)?;
+        candidate.rtt = Some(candidate.rtt.map_or(rtt, |old| if rtt < old { rtt } else { (old * 7 + rtt) / 8 }));
+        candidate.proven = Some(now);
+        if self.current == Some(Path::Direct(address)) {
+            self.alive(out);
+            self.last_good = Some(address);
+            self.failed_rounds = 0;
+        }
+        self.choose(now, out);
+        Some(address)
+    }
+
+    fn choose(&mut self, now: Instant, out: &mut Vec<Do>) {
+        let proven = self.candidates.iter().filter(|c| c.proven.is_some_and(|at| now < at + PROOF));
+        let key = |c: &Candidate| (rank(c.address), c.rtt.unwrap_or(PROOF));
+        let Some(best) = proven.min_by_key(|c| key(c)) else { return };
+        let (address, (best_rank, best_rtt)) = (best.address, key(best));
+        let better = match self.current {
+            None | Some(Path::Relay { .. }) => true,
+            Some(Path::Direct(now_at)) if now_at == address => false,
+            Some(Path::Direct(_)) if self.suspect => true,
+            Some(Path::Direct(now_at)) => {
+                let old = self.candidates.iter().find(|c| c.address == now_at);
+                let old = old.filter(|c| c.proven.is_some_and(|at| now < at + PROOF)).and_then(|c| c.rtt);
+                let faster = old.is_none_or(|old| best_rtt + BETTER.max(old / 10) < old);
+                best_rank < rank(now_at) || best_rank == rank(now_at) && faster
+            }
+        };
+        if better {
+            self.current = Some(Path::Direct(address));
+            (self.suspect, self.silent_since) = (false, None);
+            (self.last_good, self.failed_rounds) = (Some(address), 0);
+            self.next_ping = Some(now + PING_BUSY);
+            out.push(Do::Switch(Path::Direct(address)));
+        }
+    }
+
+    /// Bytes of QUIC's were sent to the peer.
+    pub(super) fn sent(&mut self, now: Instant) {
+        self.used = Some(now);
+        if matches!(self.current, Some(Path::Direct(_))) && self.silent_since.is_none() {
+            self.silent_since = Some(now);
+            let nudge = now + NUDGE;
+            self.next_ping = Some(self.next_ping.map_or(nudge, |at| at.min(nudge)));
+        }
+    }
+
+    /// Bytes of QUIC's came from the peer, by whatever path.
+    pub(super) fn received(&mut self, now: Instant) {
+        self.used = Some(now);
+        if self.next_ping.is_none() {
+            self.next_ping = Some(now + PING_BUSY);
+        }
+    }
+
+    /// The peer says that what we send directly does not arrive.
+    pub(super) fn path_down(&mut self, now: Instant, out: &mut Vec<Do>) {
+        if matches!(self.current, Some(Path::Direct(_))) && !self.suspect && self.relay.is_some() {
+            self.suspect = true;
+            self.silent_since.get_or_insert(now);
+            out.push(Do::Suspect);
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let round = self.round.as_ref().map(|r| match SCHEDULE.get(r.sent) {
+            Some(gap) => r.start + *gap,
+            None => r.start + SCHEDULE[SCHEDULE.len() - 1] + ROUND_TAIL,
+        });
+        let silence = self.silent_since.map(|at| at + if self.suspect { DEAD_AFTER } else { SUSPECT_AFTER });
+        let ping = self.next_ping.filter(|_| matches!(self.current, Some(Path::Direct(_))));
+        [round, silence, ping, self.next_round].into_iter().flatten().min()
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        self.watch_silence(now, out);
+        self.run_round(now, rng, out);
+        self.keep_alive(now, rng, out);
+        if self.next_round.is_some_and(|at| at <= now) {
+            self.next_round = None;
+            if self.used.is_some_and(|at| now < at + IN_USE) {
+                let failed = self.failed_rounds;
+                self.seek(now, out);
+                self.failed_rounds = failed;
+                self.run_round(now, rng, out);
+            }
+        }
+    }
+
+    fn watch_silence(&mut self, now: Instant, out: &mut Vec<Do>) {
+        let Some(since) = self.silent_since.filter(|_| matches!(self.current, Some(Path::Direct(_)))) else {
+            self.silent_since = None;
+            return;
+        };
+        if now >= since + DEAD_AFTER {
+            (self.suspect, self.silent_since) = (false, None);
+            if let Some(relay) = self.relay {
+                self.current = Some(relay);
+                out.push(Do::Switch(relay));
+            }
+            self.seek(now, out);
+        } else if now >= since + SUSPECT_AFTER && !self.suspect {
+            self.suspect = true;
+            if self.relay.is_some() {
+                out.push(Do::Suspect);
+            }
+            self.seek(now, out);
+        }
+    }
+
+    fn run_round(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        let Some(round) = &self.round else { return };
+        let start = round.start;
+        let mut sent = round.sent;
+        if SCHEDULE.get(sent).is_some_and(|gap| start + *gap <= now) {
+            while SCHEDULE.get(sent).is_some_and(|gap| start + *gap <= now) {
+                sent += 1;
+            }
+            let to: Vec<SocketAddr> = self.candidates.iter().map(|c| c.address).collect();
+            to.into_iter().for_each(|to| self.ping(now, to, rng, out));
+            self.round = Some(Round { start, sent });
+        }
+        if now >= start + SCHEDULE[SCHEDULE.len() - 1] + ROUND_TAIL {
+            self.round = None;
+            if !matches!(self.current, Some(Path::Direct(_))) {
+                let gap = ROUND_GAPS[self.failed_rounds.min(ROUND_GAPS.len() - 1)];
+                self.failed_rounds += 1;
+                self.next_round = Some(now + gap);
+            }
+        }
+    }
+
+    fn keep_alive(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        let (Some(Path::Direct(to)), Some(at)) = (self.current, self.next_ping) else { return };
+        if at > now {
+            return;
+        }
+        let idle = self.used.map_or(IN_USE, |used| now.saturating_duration_since(used));
+        self.next_ping = if self.silent_since.is_some() {
+            Some(now + NUDGE)
+        } else if idle < BUSY {
+            Some(now + PING_BUSY)
+        } else if idle < IN_USE {
+            Some(now + KEEPALIVE)
+        } else {
+            None
+        };
+        if self.next_ping.is_some() {
+            self.silent_since.get_or_insert(now);
+            self.ping(now, to, rng, out);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RELAY: Path = Path::Relay { relay: 0, flow: 1 };
+    const SEC: Duration = Duration::from_secs(1);
+
+    struct Machine {
+        paths: Paths,
+        rng: fastrand::Rng,
+        now: Instant,
+    }
+
+    impl Machine {
+        fn new() -> Self {
+            let mut paths = Paths::default();
+            assert!(paths.set_relay(Some(RELAY)));
+            Self { paths, rng: fastrand::Rng::with_seed(1), now: Instant::now() }
+        }
+
+        /// Runs timers for so long; gives what was asked for, with the time since the start.
+        fn run(&mut self, most: Duration) -> Vec<(Duration, Do)> {
+            let (start, until) = (self.now, self.now + most);
+            let mut all = Vec::new();
+            while let Some(at) = self.paths.poll_timeout().filter(|at| *at <= until) {
+                self.now = self.now.max(at);
+                let mut out = Vec::new();
+                self.paths.handle_timeout(self.now, &mut self.rng, &mut out);
+                all.extend(out.into_iter().map(|d| (self.now - start, d)));
+            }
+            self.now = until;
+            all
+        }
+
+        fn direct(&mut self, address: &str) -> SocketAddr {
+            let (address, mut out) = (address.parse().unwrap(), Vec::new());
+            self.paths.called(self.now, false, &[address], &mut out);
+            let pings = self.run(Duration::ZERO);
+            let txid = pings.iter().find_map(|(_, d)| match d {
+                Do::Ping { to, txid } if *to == address => Some(*txid),
+                _ => None,
+            });
+            self.now += Duration::from_millis(20);
+            self.paths.ponged(self.now, txid.unwrap(), &mut out);
+            assert!(out.contains(&Do::Switch(Path::Direct(address))));
+            address
+        }
+    }
+
+    #[test]
+    fn a_round_pings_each_candidate_at_the_times_of_the_schedule() {
+        let mut m = Machine::new();
+        let list = ["11.0.0.1:5".parse().unwrap(), "192.168.1.2:5".parse().unwrap()];
+        let mut out = Vec::new();
+        m.paths.called(m.now, true, &list, &mut out);
+        assert_eq!(out, [Do::CallMeMaybe { asks: false }]);
+        let pings = m.run(2 * SEC);
+        for address in list {
+            let times: Vec<Duration> = pings
+                .iter()
+                .filter(|(_, d)| matches!(d, Do::Ping { to, .. } if *to == address))
+                .map(|(t, _)| *t)
+                .collect();
+            assert_eq!(times, SCHEDULE);
+        }
+        assert_eq!(m.paths.current(), Some(RELAY), "nothing is proven");
+    }
+
+    #[test]
+    fn failed_rounds_come_again_in_longer_steps_while_the_peer_is_used() {
+        let mut m = Machine::new();
+        m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
+        let mut rounds = Vec::new();
+        for second in 0..600 {
+            m.paths.received(m.now);
+            let calls = m.run(SEC).into_iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
+            rounds.extend(calls.map(|_| second));
+        }
+        // 1.5 s for a round, then the gap: 6.5, 23, 84.5, 386 s, seen in steps of a second.
+        assert_eq!(rounds, [6, 22, 84, 385]);
+    }
+
+    #[test]
+    fn silence_makes_suspect_and_then_relays_and_an_answer_ends_it() {
+        let mut m = Machine::new();
+        m.direct("11.0.0.1:5");
+        m.paths.sent(m.now);
+        let said: Vec<(Duration, Do)> =
+            m.run(4 * SEC).into_iter().filter(|(_, d)| matches!(d, Do::Suspect | Do::Switch(_) | Do::Trust)).collect();
+        assert_eq!(said, [(SEC, Do::Suspect), (3 * SEC, Do::Switch(RELAY))]);
+
+        let mut m = Machine::new();
+        let address = m.direct("11.0.0.1:5");
+        m.paths.sent(m.now);
+        m.run(2 * SEC);
+        let mut out = Vec::new();
+        m.paths.came_from(m.now, address, &mut m.rng, &mut out);
+        assert_eq!(out, [Do::Trust]);
+        assert_eq!(m.paths.current(), Some(Path::Direct(address)));
+    }
+
+    #[test]
+    fn a_lan_path_is_taken_over_a_faster_one_of_lower_rank_and_not_given_up_for_it() {
+        let mut m = Machine::new();
+        m.direct("11.0.0.1:5");
+        let lan = m.direct("192.168.1.2:5");
+        let mut out = Vec::new();
+        m.paths.came_from(m.now, "11.0.0.1:6".parse().unwrap(), &mut m.rng, &mut out);
+        let Some(Do::Ping { txid, .. }) = out.first().copied() else { panic!() };
+        m.paths.ponged(m.now, txid, &mut out);
+        assert_eq!(m.paths.current(), Some(Path::Direct(lan)));
+    }
+
+    #[test]
+    fn an_unknown_pong_proves_nothing() {
+        let mut m = Machine::new();
+        m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
+        m.run(Duration::ZERO);
+        assert_eq!(m.paths.ponged(m.now, 42, &mut Vec::new()), None);
+        assert_eq!(m.paths.current(), Some(RELAY));
+    }
+
+    #[test]
+    fn a_busy_path_is_pinged_each_second_and_an_idle_one_left_alone_in_the_end() {
+        let mut m = Machine::new();
+        let address = m.direct("11.0.0.1:5");
+        m.run(2 * SEC); // the rest of the round
+        m.paths.received(m.now);
+        let mut pings = 0;
+        for _ in 0..400 {
+            for (_, what) in m.run(SEC) {
+                if let Do::Ping { txid, to } = what {
+                    assert_eq!(to, address);
+                    pings += 1;
+                    m.paths.ponged(m.now, txid, &mut Vec::new());
+                }
+            }
+        }
+        assert!((20..=26).contains(&pings), "{pings}: 10 in the busy 10 s, then one each 25 s up to 300 s");
+        assert_eq!(m.paths.poll_timeout(), None);
+    }
+}

@@ -1,0 +1,71 @@
+//! What the tunnel shows of itself.
+
+use super::{PeerView, RelayView, disco::Mapping, node::Node, path::Path, peer::Peer};
+use std::time::Instant;
+
+impl Node {
+    pub(super) fn describe(&self, path: Path) -> String {
+        match path {
+            Path::Direct(address) => address.to_string(),
+            Path::Relay { relay, .. } => {
+                format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn peer_views(&self, now: Instant) -> Vec<PeerView> {
+        let view = |p: &Peer| {
+            let slot = p.slot.and_then(|index| self.slots.get(index));
+            let path = slot.map(|s| s.path);
+            PeerView {
+                name: p.name.clone(),
+                path: path.map_or("none", |p| if p.is_relay() { "relay" } else { "direct" }),
+                via: path.map(|p| self.describe(p)).unwrap_or_default(),
+                rtt_ms: slot.map(|s| u32::try_from(s.conn.rtt().as_millis()).unwrap_or(u32::MAX)),
+                since_secs: slot.map_or(0, |_| now.saturating_duration_since(p.path_since).as_secs()),
+                streams: self
+                    .slots
+                    .iter()
+                    .filter(|(_, s)| s.peer.as_ref() == Some(&p.name))
+                    .map(|(_, s)| s.streams.len())
+                    .sum(),
+                tx_bytes: p.tx_bytes + slot.map_or(0, |s| s.tx_bytes),
+                rx_bytes: p.rx_bytes + slot.map_or(0, |s| s.rx_bytes),
+                note: self.why_not_direct(p, path),
+            }
+        };
+        self.peers.iter().map(view).collect()
+    }
+
+    #[must_use]
+    pub fn relay_views(&self) -> Vec<RelayView> {
+        let view = |relay: usize| {
+            let home = self.homes.get(relay)?;
+            let (registered, rtt, _, observed) = self.homes.view(relay);
+            Some(RelayView {
+                name: home.certificate.name.clone(),
+                address: home.address.map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
+                registered,
+                rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
+                note: match observed {
+                    Some(address) if registered => format!("sees us as {address}"),
+                    _ => home.note.clone(),
+                },
+            })
+        };
+        (0..self.homes.len()).filter_map(view).collect()
+    }
+
+    /// The NATs in RFC 4787's words, while the relay carries the data.
+    fn why_not_direct(&self, peer: &Peer, path: Option<Path>) -> String {
+        if !peer.note.is_empty() || !path.is_some_and(Path::is_relay) {
+            return peer.note.clone();
+        }
+        if peer.mapping == Mapping::Unknown && peer.paths.tried() == 0 {
+            return "not direct yet: it has not said where it may be reached".into();
+        }
+        let tried = peer.paths.tried();
+        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}", self.mapping(), peer.mapping)
+    }
+}

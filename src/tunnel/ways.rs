@@ -1,0 +1,212 @@
+//! The path machine's errands: candidates, PINGs and CALL_ME_MAYBEs go out, what it decides is done.
+
+use super::{
+    disco::{CANDIDATES_MAX, DiscoKeys, Mapping, Message, key_id},
+    identity::Certificate,
+    node::{Node, Origin},
+    path::Path,
+    peer::Peer,
+    punch::Do,
+};
+use crate::metrics::bump;
+use std::{net::SocketAddr, time::Instant};
+
+impl Node {
+    /// The interfaces' addresses, with our port; a change makes every live peer look for a path anew.
+    pub fn set_local(&mut self, now: Instant, mut local: Vec<SocketAddr>) {
+        local.sort_unstable();
+        local.dedup();
+        local.truncate(CANDIDATES_MAX);
+        if self.local != local {
+            self.local = local;
+            self.seek_all(now);
+        }
+    }
+
+    pub(super) fn seek_all(&mut self, now: Instant) {
+        let live: Vec<String> = self.peers.iter().filter(|p| p.slot.is_some()).map(|p| p.name.clone()).collect();
+        live.iter().for_each(|name| self.seek(now, name));
+    }
+
+    /// A NAT's mapping behaviour, as far as the relays can tell.
+    pub(super) fn mapping(&self) -> Mapping {
+        let seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        match seen[..] {
+            [] => Mapping::Unknown,
+            _ if seen.iter().all(|a| self.local.contains(a)) => Mapping::None,
+            [_] => Mapping::Unknown,
+            [first, ..] if seen.iter().all(|a| *a == first) => Mapping::EndpointIndependent,
+            [..] => Mapping::Dependent,
+        }
+    }
+
+    fn candidates(&self) -> Vec<SocketAddr> {
+        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
+        let mut all: Vec<SocketAddr> = seen.chain(self.local.iter().copied()).collect();
+        let mut unique = Vec::new();
+        all.retain(|a| {
+            !unique.contains(a) && {
+                unique.push(*a);
+                true
+            }
+        });
+        all.truncate(CANDIDATES_MAX);
+        all
+    }
+
+    /// The checked certificate of a peer, and the keys that follow from it.
+    pub(super) fn know(&mut self, name: &str, certificate: &Certificate) {
+        let local = &self.transport.local;
+        let keys = || DiscoKeys::new(&local.secret, &local.public, &certificate.key, &local.psks.first()?.1);
+        self.peers.know(name, certificate, keys);
+    }
+
+    pub(super) fn seek(&mut self, now: Instant, name: &str) {
+        self.with_paths(now, name, |peer, _, out| peer.paths.seek(now, out));
+    }
+
+    /// Runs one step of a peer's path machine and does what it asks for.
+    fn with_paths(&mut self, now: Instant, name: &str, step: impl FnOnce(&mut Peer, &mut fastrand::Rng, &mut Vec<Do>)) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let mut out = Vec::new();
+        step(peer, &mut self.rng, &mut out);
+        for errand in out {
+            self.run_errand(now, name, errand);
+        }
+    }
+
+    fn run_errand(&mut self, now: Instant, name: &str, errand: Do) {
+        match errand {
+            Do::Ping { to, txid } => self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid }),
+            Do::CallMeMaybe { asks } => {
+                let message = Message::CallMeMaybe { asks, mapping: self.mapping(), candidates: self.candidates() };
+                let path = self.peers.get(name).and_then(|p| p.paths.relay().or(p.paths.current()));
+                if let Some(path) = path {
+                    self.send_disco(now, name, path, &message);
+                }
+            }
+            Do::Switch(path) => self.switch(now, name, path),
+            Do::Suspect => {
+                let Some(relay) = self.peers.get(name).and_then(|p| p.paths.relay()) else { return };
+                self.send_disco(now, name, relay, &Message::PathDown);
+                for index in self.slots_of(name) {
+                    let Some(slot) = self.slots.get_mut(index) else { continue };
+                    slot.also = Some(relay);
+                    let recent = std::mem::take(&mut slot.recent);
+                    recent.iter().for_each(|datagram| self.send_raw(now, relay, datagram));
+                }
+            }
+            Do::Trust => {
+                for index in self.slots_of(name) {
+                    if let Some(slot) = self.slots.get_mut(index) {
+                        slot.also = None;
+                    }
+                }
+            }
+        }
+    }
+
+    fn slots_of(&self, name: &str) -> Vec<u32> {
+        self.slots.iter().filter(|(_, s)| !s.lost && s.peer.as_deref() == Some(name)).map(|(index, _)| index).collect()
+    }
+
+    /// The new path is proven: congestion control and RTT of the old one are of no use any more.
+    fn switch(&mut self, now: Instant, name: &str, path: Path) {
+        let way = self.describe(path);
+        log::info!(target: "tunnel", "{name}: by {way} from now on");
+        if let Some(peer) = self.peers.get_mut(name) {
+            peer.path_since = now;
+        }
+        for index in self.slots_of(name) {
+            if let Some(slot) = self.slots.get_mut(index) {
+                (slot.path, slot.also) = (path, None);
+                slot.conn.path_changed(now);
+                slot.conn.ping();
+                self.touch(index);
+            }
+        }
+    }
+
+    /// Connections take the peer's path where it was set without a switch.
+    pub(super) fn follow(&mut self, name: &str) {
+        let Some(peer) = self.peers.get(name) else { return };
+        let Some(path) = peer.paths.current() else { return };
+        let dialing = peer.dialing;
+        for index in self.slots_of(name).into_iter().chain(dialing) {
+            if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path) {
+                slot.path = path;
+                slot.conn.ping(); // says to the other end where we are
+                self.touch(index);
+            }
+        }
+    }
+
+    fn send_disco(&mut self, now: Instant, name: &str, path: Path, message: &Message) {
+        let Some(keys) = self.peers.get(name).and_then(|p| p.disco.as_ref()) else { return };
+        let frame = keys.seal(message, &mut self.rng);
+        self.send_raw(now, path, &frame);
+    }
+
+    pub(super) fn handle_disco(&mut self, now: Instant, origin: Origin, frame: &[u8]) {
+        let named = key_id(frame).and_then(|id| self.peers.of_disco(id)).map(str::to_owned);
+        let opened = named.and_then(|name| {
+            let message = self.peers.get(&name)?.disco.as_ref()?.open(frame)?;
+            Some((name, message))
+        });
+        let Some((name, message)) = opened else { return bump(&self.count.disco_rejects) };
+        match (message, origin) {
+            (Message::Ping { txid }, Origin::Address(from)) => {
+                self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from });
+                self.with_paths(now, &name, |peer, rng, out| peer.paths.came_from(now, from, rng, out));
+            }
+            (Message::Pong { txid, .. }, Origin::Address(_)) => {
+                self.with_paths(now, &name, |peer, _, out| {
+                    peer.paths.ponged(now, txid, out);
+                });
+            }
+            (Message::CallMeMaybe { asks, mapping, candidates }, _) => {
+                if let Some(peer) = self.peers.get_mut(&name) {
+                    peer.mapping = mapping;
+                }
+                self.with_paths(now, &name, |peer, _, out| peer.paths.called(now, asks, &candidates, out));
+            }
+            (Message::PathDown, Origin::Relay { .. }) => {
+                self.with_paths(now, &name, |peer, _, out| peer.paths.path_down(now, out));
+            }
+            // A PING or PONG proves an address, and a relay has none of its own to prove.
+            (Message::Ping { .. } | Message::Pong { .. }, Origin::Relay { .. })
+            | (Message::PathDown, Origin::Address(_)) => {
+                bump(&self.count.disco_rejects);
+            }
+        }
+    }
+
+    /// A QUIC datagram of this peer's came by this way.
+    pub(super) fn path_heard(&mut self, now: Instant, name: &str, origin: Origin) {
+        self.with_paths(now, name, |peer, rng, out| {
+            peer.paths.received(now);
+            if let Origin::Address(from) = origin {
+                peer.paths.came_from(now, from, rng, out);
+            }
+        });
+    }
+
+    pub(super) fn path_sent(&mut self, now: Instant, index: u32) {
+        let Some(name) = self.slots.get(index).and_then(|s| s.peer.as_ref()) else { return };
+        if let Some(peer) = self.peers.get_mut(name) {
+            peer.paths.sent(now);
+        }
+    }
+
+    pub(super) fn path_timeout(&self) -> Option<Instant> {
+        self.peers.iter().filter_map(|p| p.paths.poll_timeout()).min()
+    }
+
+    pub(super) fn drive_paths(&mut self, now: Instant) {
+        let due = self.peers.iter().filter(|p| p.paths.poll_timeout().is_some_and(|at| at <= now));
+        let due: Vec<String> = due.map(|p| p.name.clone()).collect();
+        for name in due {
+            self.with_paths(now, &name, |peer, rng, out| peer.paths.handle_timeout(now, rng, out));
+        }
+    }
+}
