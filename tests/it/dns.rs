@@ -1,0 +1,1 @@
+//! The DNS server with real sockets on loopback.
