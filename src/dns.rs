@@ -121,11 +121,11 @@ impl Server {
     /// Where the UDP socket is lost.
     pub async fn run(self) -> anyhow::Result<()> {
         let state = Rc::new(self.state);
-        let tasks = Rc::new(LocalExecutor::new());
+        let tasks = LocalExecutor::new();
         let upstreams = tasks.spawn(self.forwarder.run());
-        let streams = tasks.spawn(accept(Rc::clone(&state), self.listener, Rc::clone(&tasks)));
-        let datagrams = tasks.spawn(datagrams(state));
-        tasks.run(or(datagrams, or(upstreams, streams))).await
+        let datagrams = tasks.spawn(datagrams(Rc::clone(&state)));
+        let streams = accept(state, self.listener, &tasks);
+        tasks.run(or(or(datagrams, upstreams), streams)).await
     }
 }
 
@@ -236,11 +236,7 @@ impl Sink for Connection {
     }
 }
 
-async fn accept(
-    state: Rc<State>,
-    listener: Async<TcpListener>,
-    tasks: Rc<LocalExecutor<'static>>,
-) -> anyhow::Result<()> {
+async fn accept(state: Rc<State>, listener: Async<TcpListener>, tasks: &LocalExecutor<'static>) -> anyhow::Result<()> {
     let mut open: Vec<(Rc<Connection>, Task<()>)> = Vec::new();
     loop {
         let stream = match listener.accept().await {

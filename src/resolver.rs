@@ -29,7 +29,7 @@ use std::{
     collections::HashMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     rc::Rc,
     time::{Duration, Instant, SystemTime},
@@ -302,7 +302,7 @@ impl Hub {
 }
 
 /// What tells one version of a file from the next.
-type Stamp = Option<(SystemTime, u64)>;
+type Stamp = Option<(SystemTime, u64, u64)>;
 
 /// Where the upstreams come from.
 struct Sources {
@@ -363,7 +363,7 @@ impl Sources {
 
 fn stamp(path: &Path) -> Stamp {
     let meta = fs::metadata(path).ok()?;
-    Some((meta.modified().ok()?, meta.len()))
+    Some((meta.modified().ok()?, meta.len(), meta.ino()))
 }
 
 /// A small text file; None where it is absent, too large or no text.
@@ -393,4 +393,42 @@ fn random_ids() -> Box<dyn FnMut() -> u16> {
         }
         drawn.pop().unwrap_or_default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolv_conf_is_read_again_when_it_changes_and_we_are_never_our_own_upstream() {
+        let path = std::env::temp_dir().join(format!("weft-resolv-{}-{:x}", std::process::id(), fastrand::u64(..)));
+        let write = |text: &str| fs::write(&path, text).unwrap();
+        let listen: SocketAddr = "169.254.96.16:53".parse().unwrap();
+        let mut sources = Sources {
+            upstream: vec![Upstream::ResolvConf(path.clone()), Upstream::Server("192.0.2.9:5353".parse().unwrap())],
+            own: vec![listen],
+            stamps: Vec::new(),
+            checked: None,
+            servers: None,
+        };
+        let now = Clock::new(0).now();
+        let list = |all: &[&str]| Some((all.iter().map(|a| a.parse().unwrap()).collect::<Vec<SocketAddr>>(), true));
+        assert_eq!(sources.refresh(now), list(&["192.0.2.9:5353"]), "no file yet");
+        write("nameserver 169.254.96.16\nnameserver 192.0.2.1\n");
+        assert_eq!(sources.refresh(now + CHECK_EVERY / 2), None, "not yet time");
+        assert_eq!(sources.refresh(now + CHECK_EVERY), list(&["192.0.2.1:53", "192.0.2.9:5353"]));
+        assert_eq!(sources.refresh(now + CHECK_EVERY * 2), None, "nothing new");
+        write("nameserver 192.0.2.22\n");
+        assert_eq!(sources.refresh(now + CHECK_EVERY * 3), list(&["192.0.2.22:53", "192.0.2.9:5353"]));
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn ids_differ() {
+        let mut ids = random_ids();
+        let mut drawn: Vec<u16> = (0..1000).map(|_| ids()).collect();
+        drawn.sort_unstable();
+        drawn.dedup();
+        assert!(drawn.len() > 950);
+    }
 }

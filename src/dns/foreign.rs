@@ -315,3 +315,85 @@ pub fn asked_kind(key: &[u8]) -> u16 {
     let question: Range<usize> = 0..question(key).len();
     question.end.checked_sub(4).and_then(|at| wire::u16_at(key, at)).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use simple_dns::{
+        CLASS, Question, ResourceRecord, TYPE,
+        rdata::{A, CNAME, OPT, SOA},
+    };
+
+    fn name(text: &str) -> Name<'_> {
+        Name::new(text).unwrap()
+    }
+
+    fn a(owner: &'static str, ttl: u32) -> ResourceRecord<'static> {
+        ResourceRecord::new(name(owner), CLASS::IN, ttl, RData::A(A { address: 7 }))
+    }
+
+    fn soa(ttl: u32, minimum: u32) -> ResourceRecord<'static> {
+        let (mname, rname) = (name("ns.example.com"), name("root.example.com"));
+        let soa = SOA { mname, rname, serial: 1, refresh: 2, retry: 3, expire: 4, minimum };
+        ResourceRecord::new(name("example.com"), CLASS::IN, ttl, RData::SOA(soa))
+    }
+
+    fn message(answers: Vec<ResourceRecord<'static>>, authority: Vec<ResourceRecord<'static>>, code: u8) -> Vec<u8> {
+        let mut packet = Packet::new_reply(1);
+        packet.questions.push(Question::new(name("www.example.com"), TYPE::A.into(), CLASS::IN.into(), false));
+        packet.answers = answers;
+        packet.name_servers = authority;
+        let mut message = packet.build_bytes_vec_compressed().unwrap();
+        message[3] |= code;
+        message
+    }
+
+    #[test]
+    fn how_long_answers_are_kept() {
+        let cname = |ttl| {
+            let data = RData::CNAME(CNAME(name("host.example.com")));
+            ResourceRecord::new(name("www.example.com"), CLASS::IN, ttl, data)
+        };
+        for (what, answers, authority, code, want) in [
+            ("the lowest of the answers", vec![cname(50), a("host.example.com", 40)], vec![], 0, Some(40)),
+            ("a TTL with its top bit set", vec![a("www.example.com", 1 << 31)], vec![], 0, Some(0)),
+            ("NODATA: the SOA's minimum", vec![], vec![soa(900, 60)], 0, Some(60)),
+            ("NXDOMAIN: the SOA's TTL", vec![], vec![soa(30, 60)], 3, Some(30)),
+            ("at most three hours", vec![], vec![soa(90_000, 80_000)], 3, Some(NEGATIVE_MAX)),
+            ("a chain that leads nowhere", vec![cname(20)], vec![soa(900, 60)], 3, Some(20)),
+            ("without a SOA not at all", vec![], vec![], 3, None),
+            ("a chain without its end", vec![cname(20)], vec![], 0, None),
+            ("a failure", vec![a("www.example.com", 9)], vec![], 2, None),
+        ] {
+            let message = message(answers, authority, code);
+            assert_eq!(lifetime(&keep(&message).unwrap(), kind::A), want, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_opt_is_cut_out_and_nothing_else() {
+        let mut packet = Packet::new_reply(1);
+        packet.questions.push(Question::new(name("www.example.com"), TYPE::A.into(), CLASS::IN.into(), false));
+        packet.answers = vec![a("www.example.com", 5)];
+        let plain = packet.build_bytes_vec_compressed().unwrap();
+        *packet.opt_mut() = Some(OPT { opt_codes: vec![], udp_packet_size: 4096, version: 0 });
+        let with_opt = packet.build_bytes_vec_compressed().unwrap();
+        assert_eq!(keep(&with_opt).unwrap(), plain);
+        assert_eq!(keep(&plain).unwrap(), plain);
+        assert_eq!(keep(&plain[..plain.len() - 1]), None);
+    }
+
+    #[test]
+    fn addresses_follow_the_chain_whatever_the_order_and_take_no_strangers() {
+        let link = |from, to| ResourceRecord::new(name(from), CLASS::IN, 1, RData::CNAME(CNAME(name(to))));
+        let chain = vec![
+            a("c.example.com", 1),
+            link("b.example.com", "c.example.com"),
+            a("stranger.example", 1),
+            link("www.example.com", "b.example.com"),
+        ];
+        assert_eq!(addresses(&message(chain, vec![], 0)), [IpAddr::from([0, 0, 0, 7])]);
+        let circle = vec![link("www.example.com", "b.example.com"), link("b.example.com", "www.example.com")];
+        assert_eq!(addresses(&message(circle, vec![], 0)), Vec::<IpAddr>::new());
+    }
+}

@@ -50,7 +50,7 @@ pub enum Output<T> {
     /// Send the query in the buffer on a socket of its own, and give what comes back to
     /// [`Forward::handle_answer`] or [`Forward::handle_failure`].
     Ask { exchange: u32, upstream: SocketAddr, transport: Transport },
-    /// Close the exchange's socket.
+    /// Close the exchange's socket; it may have had none yet.
     Close(u32),
     /// Give the reply in the buffer to a client.
     Reply(T),
@@ -477,3 +477,6 @@ impl<T> Pending<T> {
         [self.next_try, self.stale_at].into_iter().flatten().fold(self.deadline, Instant::min)
     }
 }
+
+#[cfg(test)]
+mod tests;

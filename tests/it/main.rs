@@ -3,5 +3,7 @@
 
 mod dns;
 mod dns_cases;
+mod dns_fixture;
+mod dns_mutations;
 mod dns_world;
 mod json;
