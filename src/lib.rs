@@ -31,6 +31,7 @@ pub mod metrics;
 pub mod netlink;
 pub mod proxy;
 pub mod pump;
+pub mod resolver;
 pub mod rules;
 pub mod shared;
 pub mod sys;

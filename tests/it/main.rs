@@ -1,2 +1,9 @@
 //! One integration binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod dns;
+mod dns_cases;
+mod dns_fixture;
+mod dns_mutations;
+mod dns_world;
+mod json;
