@@ -69,6 +69,9 @@ pub struct World {
     pub nats: Vec<Nat>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
+    /// Keeps a copy of all datagrams.
+    pub record: bool,
+    pub recorded: Vec<(SocketAddr, SocketAddr, Vec<u8>)>,
     /// Bytes that left each host.
     pub sent: BTreeMap<SocketAddr, u64>,
     flying: BinaryHeap<Flight>,
@@ -93,6 +96,8 @@ impl World {
             duplicate: 0.0,
             nats: Vec::new(),
             blocked: Vec::new(),
+            record: false,
+            recorded: Vec::new(),
             sent: BTreeMap::new(),
             flying: BinaryHeap::new(),
             serial: 0,
@@ -218,6 +223,9 @@ impl World {
     }
 
     pub fn inject(&mut self, from: SocketAddr, to: SocketAddr, bytes: Vec<u8>) {
+        if self.record {
+            self.recorded.push((from, to, bytes.clone()));
+        }
         if self.rng.f64() < self.loss {
             return;
         }
