@@ -114,6 +114,8 @@ counters! {
         control_rejects,
         /// Disco messages that did not open or came the wrong way.
         disco_rejects,
+        /// LAN beacons that did not open or came from off the link.
+        beacon_rejects,
         /// Datagrams relayed for others.
         relayed_datagrams,
         /// Bytes relayed for others.

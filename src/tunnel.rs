@@ -11,6 +11,7 @@ mod gate;
 mod home;
 pub mod identity;
 mod keys;
+mod lan;
 pub mod node;
 pub mod noise;
 mod open;
@@ -28,6 +29,7 @@ mod ways;
 
 pub use home::RelaySpec;
 pub use keys::Key;
+pub use lan::Link;
 pub use relay::RelayLoad;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
@@ -160,6 +162,7 @@ impl Driver {
             relays,
             profile: config.profile,
             congestion: config.congestion,
+            lan: true,
             gso: 1,
             seed: None,
         };
@@ -238,6 +241,7 @@ impl Driver {
             let output = self.shared.node().poll_output(now, tx);
             match output {
                 Output::Send { to, segment } => self.send(to, tx, segment).await,
+                Output::Beacon => self.beacon(tx),
                 Output::Event(Event::Resolve { relay, host }) => {
                     let port = self.shared.node().relay_port(relay);
                     if self.lookups.len() < LOOKUPS_MAX {
@@ -302,6 +306,11 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// By multicast on each link; who has no IPv4 there hears nothing.
+    fn beacon(&self, frame: &[u8]) {
+        let _ = frame;
     }
 
     fn receive(&self, rx: &mut [u8]) {

@@ -78,9 +78,10 @@ impl Node {
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             return self.dial(now, name, path, &certificate);
         }
-        if relays == 0 {
+        if relays == 0 && !self.lan.enabled() {
             return self.give_up(name, "no relay is configured");
         }
+        self.lan.ask(now);
         self.want_flow(now, name);
     }
 
@@ -91,7 +92,7 @@ impl Node {
         self.homes.ask(request, name, &mut self.outbox);
     }
 
-    fn dial(&mut self, now: Instant, name: &str, path: Path, certificate: &Certificate) {
+    pub(super) fn dial(&mut self, now: Instant, name: &str, path: Path, certificate: &Certificate) {
         let local = Arc::clone(&self.transport.local);
         let dial = Dial { local, peer: certificate.key, name: name.into(), purpose: Purpose::Peer };
         match self.connect_slot(now, dial, Role::Dialed(name.into()), path) {
@@ -138,7 +139,11 @@ impl Node {
         }
         for name in late {
             let up = self.homes.usable().count();
-            let why = if up == 0 { "no relay answers" } else { "the relays did not say how to reach it" };
+            let why = match (up, self.homes.len()) {
+                (0, 0) => "nobody of this name is on our links, and no relay is configured",
+                (0, _) => "no relay answers, and nobody of this name is on our links",
+                _ => "the relays did not say how to reach it",
+            };
             self.give_up(&name, why);
         }
         let silent =

@@ -23,6 +23,9 @@ impl Node {
             if let Some((to, segment)) = self.outbox.pop(buf) {
                 return self.sent(to, segment, buf.len());
             }
+            if let Some(output) = self.beacon(now, buf) {
+                return output;
+            }
             let Some(index) = self.dirty.pop_front() else { break };
             if let Some(output) = self.drive(now, index, buf) {
                 return output;
@@ -34,6 +37,7 @@ impl Node {
             self.relay.as_ref().and_then(Relay::poll_timeout),
             self.dial_timeout(),
             self.path_timeout(),
+            self.lan.poll_timeout(),
         ];
         let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
         self.due = due;

@@ -9,6 +9,7 @@ use super::{
     gate::{Gate, Verdict},
     home::{Action, Homes, RelaySpec},
     keys::{Key, derive},
+    lan::Lan,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
     path::Path,
@@ -53,6 +54,8 @@ pub struct NodeConfig {
     pub relays: Vec<RelaySpec>,
     pub profile: Profile,
     pub congestion: Congestion,
+    /// Beacons on the links.
+    pub lan: bool,
     /// Datagrams that one send may carry.
     pub gso: usize,
     /// For simulations: makes quinn's random numbers repeatable.
@@ -76,6 +79,8 @@ pub enum Output {
         to: SocketAddr,
         segment: Option<usize>,
     },
+    /// `buf` holds a beacon for every link.
+    Beacon,
     Event(Event),
     Wait(Option<Instant>),
 }
@@ -118,6 +123,7 @@ pub struct Node {
     pub(super) rng: fastrand::Rng,
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
+    pub(super) lan: Lan,
     pub(super) count: Rc<TunnelCounters>,
 }
 
@@ -125,6 +131,7 @@ impl Node {
     #[must_use]
     pub fn new(config: NodeConfig, now: Instant, mut rng: fastrand::Rng, count: Rc<TunnelCounters>) -> Self {
         let root = derive(&config.local.secret, b"weft relay", b"");
+        let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
         let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
         let transport = Transport::new(Arc::new(config.local), config.profile, config.congestion, rng.fork());
         let endpoint = Endpoint::new(
@@ -153,6 +160,7 @@ impl Node {
             gso: config.gso.max(1),
             rng,
             local: Vec::new(),
+            lan: Lan::new(psk.as_ref(), now),
             count,
         }
     }
@@ -228,7 +236,8 @@ impl Node {
             Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
             // Their handlers come with direct paths; until then they are dropped like the unknown.
             Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
-            Kind::Stun | Kind::Beacon | Kind::Unknown => {
+            Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
+            Kind::Stun | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
             }
         }

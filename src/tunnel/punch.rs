@@ -118,10 +118,6 @@ impl Paths {
         self.last_good
     }
 
-    pub(super) fn is_suspect(&self) -> bool {
-        self.suspect
-    }
-
     /// How many addresses of the peer were tried.
     pub(super) fn tried(&self) -> usize {
         self.candidates.len()

@@ -3,6 +3,7 @@
 use super::{
     disco::{CANDIDATES_MAX, DiscoKeys, Mapping, Message, key_id},
     identity::Certificate,
+    lan::Link,
     node::{Node, Origin},
     path::Path,
     peer::Peer,
@@ -12,13 +13,16 @@ use crate::metrics::bump;
 use std::{net::SocketAddr, time::Instant};
 
 impl Node {
-    /// The interfaces' addresses, with our port; a change makes every live peer look for a path anew.
-    pub fn set_local(&mut self, now: Instant, mut local: Vec<SocketAddr>) {
-        local.sort_unstable();
-        local.dedup();
-        local.truncate(CANDIDATES_MAX);
-        if self.local != local {
-            self.local = local;
+    /// The interfaces' addresses and our port; a change makes every live peer look for a path anew.
+    pub fn set_links(&mut self, now: Instant, mut links: Vec<Link>, port: u16) {
+        links.sort_unstable();
+        links.dedup();
+        links.truncate(CANDIDATES_MAX);
+        if self.lan.links != links {
+            self.local = links.iter().map(|link| SocketAddr::new(link.address, port)).collect();
+            self.lan.links = links;
+            self.lan.ask(now);
+            self.due = Some(now);
             self.seek_all(now);
         }
     }

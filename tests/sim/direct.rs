@@ -3,10 +3,10 @@
 use crate::{
     nat::Kind,
     pair::{Pair, SEC, connect, payload, seeds},
-    world::End,
+    world::{Cluster, End, NOW, World},
 };
 use std::time::Duration;
-use weft::tunnel::Progress;
+use weft::tunnel::{Link, Progress, identity::Roles};
 
 fn path(p: &Pair, host: usize, peer: &str) -> &'static str {
     p.world.hosts[host].node.peer_views(p.world.now).into_iter().find(|v| v.name == peer).map_or("none", |v| v.path)
@@ -150,7 +150,8 @@ fn a_rebooted_node_behind_its_nat_is_reached_in_two_seconds() {
         (p.world.hosts[2].node, p.world.hosts[2].count) = (node, count);
         let local = p.world.hosts[2].address;
         let now = p.world.now;
-        p.world.hosts[2].node.set_local(now, vec![local]);
+        let link = Link { address: local.ip(), prefix: 24 };
+        p.world.hosts[2].node.set_links(now, vec![link], local.port());
         while connect(&mut p.world, 2 * SEC).is_err() {
             assert!(p.world.now < now + 2 * SEC, "seed {seed}");
         }
@@ -171,5 +172,27 @@ fn a_replayed_initial_displaces_nothing() {
         }
         let took = echo(&mut p, near, far, 3 * SEC);
         assert!(took < SEC, "seed {seed}: {took:?}");
+    }
+}
+
+#[test]
+fn two_nodes_on_one_lan_find_each_other_without_any_relay() {
+    for seed in seeds(20) {
+        for kind in [Kind::PortRestricted, Kind::Symmetric] {
+            let cluster = Cluster::new();
+            let mut world = World::new(seed);
+            world.delay = Duration::from_millis(1);
+            let hub = cluster.identity("hub", Roles::NONE, NOW + 1000);
+            world.add("11.0.0.1:7843", &cluster, &hub, Vec::new());
+            let (a, b) =
+                (cluster.identity("a", Roles::NONE, NOW + 1000), cluster.identity("b", Roles::NONE, NOW + 1000));
+            world.add_site(1, kind, &cluster, &a, Vec::new());
+            world.add_neighbour(1, 3, &cluster, &b, Vec::new());
+            let start = world.now;
+            let (near, far) = connect(&mut world, SEC).unwrap_or_else(|e| panic!("seed {seed}, {kind:?}: {e}"));
+            assert!(world.now - start <= SEC, "seed {seed}");
+            assert_eq!(world.transfer(near, far, &payload(9000), 5 * SEC).unwrap(), payload(9000));
+            assert_eq!(world.hosts[1].node.peer_views(world.now)[0].path, "direct");
+        }
     }
 }

@@ -14,7 +14,7 @@ use weft::{
     metrics::TunnelCounters,
     table::model::{Protocol, ServiceId},
     tunnel::{
-        Key, Open, Progress, Refusal, RelaySpec,
+        Key, Link, Open, Progress, Refusal, RelaySpec,
         identity::{Authority, Certificate, KeyPair, Request, Roles},
         node::{Event, Node, NodeConfig, Output},
         noise::Local,
@@ -130,6 +130,7 @@ impl World {
             relays,
             profile: Profile::Router,
             congestion: Congestion::Auto,
+            lan: true,
             gso: 10,
             seed: Some(seed),
         };
@@ -185,8 +186,28 @@ impl World {
             }
         }
         let local = self.hosts[host].address;
-        self.hosts[host].node.set_local(self.now, vec![local]);
+        let link = Link { address: local.ip(), prefix: 24 };
+        self.hosts[host].node.set_links(self.now, vec![link], local.port());
         host
+    }
+
+    /// One more node on the LAN of another.
+    pub fn add_neighbour(
+        &mut self,
+        host: usize,
+        number: u8,
+        cluster: &Cluster,
+        identity: &(KeyPair, Certificate),
+        relays: Vec<RelaySpec>,
+    ) -> usize {
+        let SocketAddr::V4(near) = self.hosts[host].address else { panic!("IPv4") };
+        let [a, b, c, _] = near.ip().octets();
+        let at = self.add(&format!("{a}.{b}.{c}.{number}:7843"), cluster, identity, relays);
+        self.hosts[at].nats = self.hosts[host].nats.clone();
+        let local = self.hosts[at].address;
+        let link = Link { address: local.ip(), prefix: 24 };
+        self.hosts[at].node.set_links(self.now, vec![link], local.port());
+        at
     }
 
     /// Out through the sender's NATs: the source that the internet sees. None: it cannot leave.
@@ -251,6 +272,12 @@ impl World {
                             self.launch(at, to, datagram.to_vec());
                         }
                     }
+                }
+                Output::Beacon => {
+                    let (from, nats) = (host.address, host.nats.clone());
+                    let near = |h: &&Host| h.nats == nats && !nats.is_empty() && h.address != from;
+                    let to: Vec<SocketAddr> = self.hosts.iter().filter(near).map(|h| h.address).collect();
+                    to.into_iter().for_each(|to| self.inject(from, to, buf.clone()));
                 }
                 Output::Event(Event::Wake(_)) => host.woken += 1,
                 Output::Event(Event::Incoming { key, peer, open }) => host.incoming.push_back((key, peer, open)),

@@ -1,0 +1,189 @@
+//! LAN beacons (0x13): nodes of one cluster find each other on a link without any relay.
+//!
+//! `0x13 | nonce 24 | XChaCha20-Poly1305(asks u8, certificate)` under a key from the psk. The source of the
+//! packet is where its sender may be reached. A beacon is never answered to a source off the link.
+
+use super::{
+    identity::Certificate,
+    keys::{Key, TAG_LEN, derive},
+    node::{Node, Output},
+    path::Path,
+};
+use crate::metrics::bump;
+use chacha20poly1305::{AeadInPlace, KeyInit, XChaCha20Poly1305, XNonce};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+const BEACON: u8 = 0x13;
+const NONCE: usize = 24;
+/// A certificate and a byte.
+const BODY_MAX: usize = 1024;
+/// Between beacons on a quiet link.
+const EVERY: Duration = Duration::from_secs(30);
+/// Between beacons that ask for somebody, all together: a wish for many nodes is one question.
+const ASK_GAP: Duration = Duration::from_millis(100);
+/// Beacons that are opened in a second; more are dropped unread.
+const OPENED_PER_SECOND: u32 = 200;
+
+/// An address of an interface, and how much of it names the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Link {
+    pub address: IpAddr,
+    pub prefix: u8,
+}
+
+impl Link {
+    fn contains(self, other: IpAddr) -> bool {
+        match (self.address, other) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => {
+                let host = u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);
+                (u32::from(a) ^ u32::from(b)) & !host == 0
+            }
+            (IpAddr::V6(a), IpAddr::V6(b)) => {
+                let host = u128::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);
+                (u128::from(a) ^ u128::from(b)) & !host == 0
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
+}
+
+/// When beacons go out.
+pub(super) struct Lan {
+    aead: Option<XChaCha20Poly1305>,
+    pub(super) links: Vec<Link>,
+    next: Instant,
+    /// The next one asks all to answer.
+    asks: bool,
+    asked: Option<Instant>,
+    budget: (Instant, u32),
+}
+
+impl Lan {
+    /// Without a psk there are no beacons.
+    pub(super) fn new(psk: Option<&Key>, now: Instant) -> Self {
+        let aead = psk.map(|psk| XChaCha20Poly1305::new(&derive(psk, b"lan", b"").0.into()));
+        Self { aead, links: Vec::new(), next: now, asks: true, asked: None, budget: (now, OPENED_PER_SECOND) }
+    }
+
+    pub(super) fn enabled(&self) -> bool {
+        self.aead.is_some() && !self.links.is_empty()
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.enabled().then_some(self.next)
+    }
+
+    /// Somebody is looked for, or a link came up.
+    pub(super) fn ask(&mut self, now: Instant) {
+        let at = self.asked.map_or(now, |asked| now.max(asked + ASK_GAP));
+        (self.asks, self.next) = (true, self.next.min(at));
+    }
+
+    fn seal(&self, asks: bool, certificate: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
+        let mut out = vec![BEACON];
+        let mut nonce = [0; NONCE];
+        rng.fill(&mut nonce);
+        out.extend_from_slice(&nonce);
+        let mut body = vec![u8::from(asks)];
+        body.extend_from_slice(certificate);
+        let tag =
+            self.aead.as_ref()?.encrypt_in_place_detached(XNonce::from_slice(&nonce), &[BEACON], &mut body).ok()?;
+        out.extend_from_slice(&body);
+        out.extend_from_slice(&tag);
+        Some(out)
+    }
+
+    fn open(&mut self, now: Instant, frame: &[u8]) -> Option<(bool, Certificate)> {
+        if now >= self.budget.0 + Duration::from_secs(1) {
+            self.budget = (now, OPENED_PER_SECOND);
+        }
+        self.budget.1 = self.budget.1.checked_sub(1)?;
+        let nonce = frame.get(1..=NONCE)?;
+        let sealed = frame.get(1 + NONCE..).filter(|s| (TAG_LEN..=BODY_MAX).contains(&s.len()))?;
+        let (body, tag) = sealed.split_at(sealed.len() - TAG_LEN);
+        let mut body = body.to_vec();
+        let nonce = XNonce::from_slice(nonce);
+        self.aead.as_ref()?.decrypt_in_place_detached(nonce, &[BEACON], &mut body, tag.into()).ok()?;
+        let (asks, certificate) = body.split_first()?;
+        Some((*asks != 0, Certificate::decode(certificate).ok()?))
+    }
+}
+
+impl Node {
+    /// A beacon for every link, where one is due.
+    pub(super) fn beacon(&mut self, now: Instant, buf: &mut Vec<u8>) -> Option<Output> {
+        let lan = &mut self.lan;
+        if !lan.enabled() || now < lan.next {
+            return None;
+        }
+        let asks = std::mem::take(&mut lan.asks);
+        lan.next = now + EVERY.mul_f64(0.9 + self.rng.f64() * 0.2);
+        if asks {
+            lan.asked = Some(now);
+        }
+        *buf = lan.seal(asks, &self.transport.local.certificate, &mut self.rng)?;
+        Some(Output::Beacon)
+    }
+
+    pub(super) fn handle_beacon(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+        if !self.lan.links.iter().any(|link| link.contains(from.ip())) || self.local.contains(&from) {
+            return bump(&self.count.beacon_rejects);
+        }
+        let Some((asks, certificate)) = self.lan.open(now, frame) else { return bump(&self.count.beacon_rejects) };
+        let name = certificate.name.clone();
+        if name == self.name {
+            return; // our own, by another interface
+        }
+        if let Err(why) = certificate.verify(&self.transport.local.ca, self.unix()) {
+            bump(&self.count.bad_certificate);
+            return log::warn!(target: "tunnel", "beacon of {name} at {from}: {why}");
+        }
+        if asks {
+            let reply = self.lan.seal(false, &self.transport.local.certificate, &mut self.rng);
+            let _ = reply.is_some_and(|frame| self.outbox.push(from, frame));
+        }
+        if self.peers.entry(now, &name).is_none() {
+            return;
+        }
+        self.know(&name, &certificate);
+        let Some(peer) = self.peers.get_mut(&name) else { return };
+        let new = peer.paths.last_good() != Some(from);
+        if new {
+            log::debug!(target: "tunnel", "{name} is on this link, at {from}");
+        }
+        peer.paths.remember(from);
+        if peer.slot.is_some() {
+            if new {
+                self.seek(now, &name);
+            }
+        } else if peer.dialing.is_none() && !peer.waiting.is_empty() {
+            peer.want = None;
+            self.dial(now, &name, Path::Direct(from), &certificate);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_contain_what_shares_their_prefix() {
+        let link = |a: &str, prefix| Link { address: a.parse().unwrap(), prefix };
+        for (link, other, inside) in [
+            (link("192.168.1.2", 24), "192.168.1.77", true),
+            (link("192.168.1.2", 24), "192.168.2.77", false),
+            (link("10.0.0.1", 32), "10.0.0.1", true),
+            (link("10.0.0.1", 32), "10.0.0.2", false),
+            (link("10.0.0.1", 0), "8.8.8.8", true),
+            (link("fd00::1", 64), "fd00::2", true),
+            (link("fd00::1", 64), "fd01::2", false),
+            (link("fd00::1", 64), "10.0.0.1", false),
+        ] {
+            assert_eq!(link.contains(other.parse().unwrap()), inside, "{link:?} {other}");
+        }
+    }
+}
