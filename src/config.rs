@@ -1,9 +1,11 @@
 //! Final configuration types: past this file there is no `Option` that means "default" and no string
 //! that means an address.
 
+use crate::tunnel::identity::node_name;
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    str::FromStr,
 };
 
 /// Everything that `weft run` needs to know.
@@ -121,6 +123,43 @@ pub struct RelayName {
     pub name: String,
     pub host: String,
     pub port: u16,
+}
+
+impl RelayName {
+    /// `host:port`, an IPv6 address in brackets.
+    #[must_use]
+    pub fn address(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+}
+
+impl FromStr for RelayName {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, address) = text.split_once('@').ok_or("expected name@host:port, and there is no @")?;
+        let (host, port) = address.rsplit_once(':').ok_or("expected name@host:port, and there is no port")?;
+        let host = match host.strip_prefix('[').map(|h| h.strip_suffix(']')) {
+            Some(Some(v6)) if v6.parse::<Ipv6Addr>().is_ok() => v6,
+            Some(_) => return Err("expected name@host:port, and [...] is no IPv6 address"),
+            None if host.contains(':') => return Err("expected name@host:port; an IPv6 address stands in brackets"),
+            None => host,
+        };
+        if node_name(name).is_none() {
+            return Err("expected name@host:port, and the name is not a node's (a-z, 0-9, '-' and '.')");
+        }
+        if host.is_empty()
+            || host.len() > 253
+            || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b))
+        {
+            return Err("expected name@host:port, and the host is neither a name nor an address");
+        }
+        match port.parse() {
+            Ok(port) if port > 0 => Ok(Self { name: name.into(), host: host.into(), port }),
+            Ok(_) | Err(_) => Err("expected name@host:port, and the port is not 1 to 65535"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -1,5 +1,7 @@
 //! The tunnel's driver: one UDP socket under the sans-IO core; handles and streams for the rest of the process.
 
+pub mod identity;
+
 use crate::table::model::{Protocol, ServiceId};
 use futures_lite::io::{AsyncRead, AsyncWrite};
 use std::{
