@@ -67,7 +67,8 @@ fn the_example_has_every_key_and_a_sentence_for_it() {
     }
     let line = |key: &str| example.lines().find(|l| l.starts_with(&format!("#{key} ="))).unwrap();
     for (header, list) in [("ports = [{", "ports"), ("endpoints = [{", "endpoints")] {
-        let error = Config::parse(&format!("[[service]]\nname = \"a\"\n{header} qqqqqqqqqqqqqqqq = 1 }}]")).unwrap_err();
+        let error =
+            Config::parse(&format!("[[service]]\nname = \"a\"\n{header} qqqqqqqqqqqqqqqq = 1 }}]")).unwrap_err();
         for key in error.what.strip_prefix("unknown key; known here are ").unwrap().split(", ") {
             assert!(line(list).contains(&format!("{key} = ")), "{list}: {key}");
         }
@@ -155,7 +156,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ),
     (
         "[[service]]\nname = \"a\"\nports = [{ name = \"x\", port = 80 }, { name = \"y\", port = 80 }]",
-        "3:56: service.ports.port: 80 is there twice",
+        "3:58: service.ports.port: 80 is there twice",
     ),
     (
         "[[service]]\nname = \"a\"\nports = [{ port = 80, protocol = \"icmp\" }]",
