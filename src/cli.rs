@@ -1,1 +1,323 @@
-//! (to come)
+//! The subcommands. Each writes through one writer that a closed pipe ends quietly.
+
+mod args;
+pub mod self_test;
+
+use crate::{
+    admin::{self, render, view},
+    app,
+    ca::{self, Ca, Order},
+    clock::{BUILT, Clock},
+    config::{Config, LoadError},
+    log,
+    tunnel::identity::{Bundle, Certificate, Roles, utc},
+};
+use anyhow::{Context, bail};
+use argh::FromArgs;
+use args::{Args, CaCommand, CaIssue, CaShow, Command};
+use data_encoding::BASE64;
+use nanoserde::{DeJson, SerJson};
+use std::{
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+/// Bad usage.
+const USAGE: u8 = 2;
+/// sysexits.h, `EX_USAGE`: what linkerd gives for a configuration that is wrong.
+const CONFIG: u8 = 64;
+
+/// Does what the command line says. Errors are printed here.
+#[must_use]
+pub fn main(argv: &[String]) -> ExitCode {
+    let args: Vec<&str> = argv.iter().skip(1).map(String::as_str).collect();
+    let command = match Args::from_args(&["weft"], &args) {
+        Ok(args) => args.command,
+        Err(exit) => {
+            return match exit.status {
+                Ok(()) => code(out(exit.output.trim_end())),
+                Err(()) => {
+                    complain(&format!("{}\n`weft --help` tells more", exit.output.trim_end()));
+                    USAGE.into()
+                }
+            };
+        }
+    };
+    code(run(command))
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(run) => start(run),
+        Command::Status(c) => query(&c.socket, "status", c.json, render::status),
+        Command::Peers(c) => query(&c.socket, "peers", c.json, render::peers),
+        Command::Services(c) => {
+            let request = format!("services {}", c.name.unwrap_or_default());
+            query(&c.socket, request.trim_end(), c.json, render::services)
+        }
+        Command::Resolve(c) => resolve(&c),
+        Command::Ca(c) => match c.command {
+            CaCommand::Init(c) => init(&c.dir),
+            CaCommand::Issue(c) => issue(c),
+            CaCommand::Show(c) => show(&c),
+        },
+        Command::Cleanup(args::Cleanup {}) => {
+            log::start(::log::LevelFilter::Info);
+            app::cleanup()
+        }
+        Command::Version(c) => version(&c),
+    }
+}
+
+fn start(run: args::Run) -> anyhow::Result<()> {
+    let asked = log::level_asked(run.log.as_deref()).map_err(Usage)?;
+    let config = run.config.as_deref().map_or_else(|| Ok(Config::default()), Config::load)?;
+    log::start(asked.unwrap_or(config.node.log));
+    app::run(app::Start { config, file: run.config, bundle: run.bundle, log: asked })
+}
+
+fn query<T: DeJson>(socket: &Path, request: &str, json: bool, render: impl Fn(&T) -> String) -> anyhow::Result<()> {
+    let (reply, view) = admin::ask::<T>(socket, request)?;
+    out(if json { reply } else { render(&view) }.trim_end())
+}
+
+/// Fails, after it has printed, where there is no such name: scripts ask for that.
+fn resolve(c: &args::Resolve) -> anyhow::Result<()> {
+    let (reply, view) = admin::ask::<view::Resolution>(&c.socket, &format!("resolve {}", c.name))?;
+    if c.json {
+        out(&reply)?;
+    } else if view.code == "NOERROR" {
+        out(render::resolution(&view).trim_end())?;
+    }
+    match view.code.as_str() {
+        "NOERROR" => Ok(()),
+        _ => bail!("{}", render::resolution(&view).trim_end()),
+    }
+}
+
+fn init(dir: &Path) -> anyhow::Result<()> {
+    let ca = Ca::init(dir)?;
+    out(&format!(
+        "made a CA in {}\npublic key {}\nWho has this directory can make nodes: keep it where no gateway is.",
+        dir.display(),
+        BASE64.encode(&ca.public().0)
+    ))
+}
+
+fn issue(c: CaIssue) -> anyhow::Result<()> {
+    let ca = Ca::open(&c.dir)?;
+    let now = Clock::new(BUILT).unix();
+    let before = ca.certificate(&c.node)?.filter(|old| old.not_after >= now);
+    let path = c.out.unwrap_or_else(|| format!("{}.bundle", c.node).into());
+    let bundle = ca.issue(
+        Order {
+            node: c.node,
+            roles: c.role.into_iter().fold(Roles::NONE, Roles::with),
+            network: c.network,
+            days: c.days,
+            public_key: c.public_key,
+            relays: c.relay,
+        },
+        now,
+    )?;
+    ca::write_bundle(&path, &bundle)?;
+    ca.keep(&bundle.certificate)?;
+
+    let Certificate { name, not_after, .. } = &bundle.certificate;
+    let mut text = format!("wrote {}: {name} until {}", path.display(), utc(*not_after));
+    if let Some(old) = before {
+        text += &format!("\nAn older certificate of {name} stays good until {}.", utc(old.not_after));
+    }
+    if bundle.key.is_none() {
+        text += "\nOn the node, add the line private_key = \"…\" to it.";
+    }
+    if bundle.relays.is_empty() && !bundle.certificate.roles.contains(Roles::RELAY) {
+        text += "\nIt names no relay (--relay name@host:port): behind a NAT the node will find nobody.";
+    }
+    out(&text)
+}
+
+#[derive(SerJson)]
+struct ShownCertificate {
+    name: String,
+    roles: Vec<String>,
+    network: String,
+    public_key: String,
+    not_after: u64,
+    not_after_text: String,
+    state: String,
+}
+
+#[derive(SerJson)]
+struct ShownRelay {
+    name: String,
+    address: String,
+    certificate: ShownCertificate,
+}
+
+#[derive(SerJson)]
+struct ShownBundle {
+    certificate: ShownCertificate,
+    has_private_key: bool,
+    ca: String,
+    psk_epochs: Vec<u8>,
+    relays: Vec<ShownRelay>,
+}
+
+#[derive(SerJson)]
+struct ShownCa {
+    ca: String,
+    psk_epochs: Vec<u8>,
+    issued: Vec<ShownCertificate>,
+}
+
+fn show(c: &CaShow) -> anyhow::Result<()> {
+    let now = Clock::new(BUILT).unix();
+    if let Some(file) = &c.file {
+        let bundle = ca::read_bundle(file)?;
+        let shown = shown_bundle(&bundle, now);
+        return out(&if c.json { shown.serialize_json() } else { bundle_text(&shown) });
+    }
+    let ca = Ca::open(&c.dir)?;
+    let issued = ca.issued()?.iter().map(|i| shown_certificate(i, now)).collect();
+    let shown = ShownCa { ca: BASE64.encode(&ca.public().0), psk_epochs: ca.epochs(), issued };
+    out(&if c.json {
+        shown.serialize_json()
+    } else {
+        let rows = shown.issued.into_iter().map(|c| [c.name, c.roles.join(","), c.network, c.not_after_text, c.state]);
+        let issued = render::table(["NODE", "ROLES", "NETWORK", "NOT AFTER", "STATE"], rows);
+        format!("ca          {}\npsk epochs  {:?}\n\n{}", shown.ca, shown.psk_epochs, issued.trim_end())
+    })
+}
+
+fn shown_certificate(c: &Certificate, now: u64) -> ShownCertificate {
+    ShownCertificate {
+        name: c.name.clone(),
+        roles: c.roles.names().map(Into::into).collect(),
+        network: c.network.clone(),
+        public_key: BASE64.encode(&c.key),
+        not_after: c.not_after,
+        not_after_text: utc(c.not_after),
+        // Its signature was checked when it was read.
+        state: if now > c.not_after { "expired" } else { "good" }.into(),
+    }
+}
+
+fn shown_bundle(b: &Bundle, now: u64) -> ShownBundle {
+    ShownBundle {
+        certificate: shown_certificate(&b.certificate, now),
+        has_private_key: b.key.is_some(),
+        ca: BASE64.encode(&b.ca.0),
+        psk_epochs: b.psks.iter().map(|p| p.epoch).collect(),
+        relays: b
+            .relays
+            .iter()
+            .map(|r| ShownRelay {
+                name: r.at.name.clone(),
+                address: r.at.address(),
+                certificate: shown_certificate(&r.certificate, now),
+            })
+            .collect(),
+    }
+}
+
+fn bundle_text(b: &ShownBundle) -> String {
+    let c = &b.certificate;
+    let roles = if c.roles.is_empty() { "none".into() } else { c.roles.join(", ") };
+    let network = if c.network.is_empty() { "none" } else { &c.network };
+    let key = if b.has_private_key { "" } else { " (the private key is elsewhere)" };
+    let mut text = format!(
+        "node        {}\nroles       {roles}\nnetwork     {network}\nnot after   {} ({})\nkey         {}{key}\n\
+         ca          {}\npsk epochs  {:?}",
+        c.name, c.not_after_text, c.state, c.public_key, b.ca, b.psk_epochs
+    );
+    for r in &b.relays {
+        text += &format!("\nrelay       {}@{} until {}", r.name, r.address, r.certificate.not_after_text);
+    }
+    text
+}
+
+#[derive(SerJson)]
+struct ShownVersion {
+    version: String,
+    target: String,
+    self_test: Option<Vec<ShownTest>>,
+}
+
+#[derive(SerJson)]
+struct ShownTest {
+    name: String,
+    ok: bool,
+    note: String,
+}
+
+fn version(c: &args::Version) -> anyhow::Result<()> {
+    let rng = ring::rand::SystemRandom::new();
+    let tests = c.self_test.then(|| {
+        let shown = |(name, result): (&str, anyhow::Result<()>)| ShownTest {
+            name: name.into(),
+            ok: result.is_ok(),
+            note: result.err().map_or_else(String::new, |e| format!("{e:#}")),
+        };
+        self_test::run(&rng).map(shown).collect::<Vec<_>>()
+    });
+    let failed = tests.iter().flatten().filter(|t| !t.ok).count();
+    let endian = if cfg!(target_endian = "big") { "big-endian" } else { "little-endian" };
+    let shown = ShownVersion {
+        version: env!("CARGO_PKG_VERSION").into(),
+        target: format!("{}-{}, {endian}", std::env::consts::ARCH, std::env::consts::OS),
+        self_test: tests,
+    };
+    if c.json {
+        out(&shown.serialize_json())?;
+    } else {
+        let mut text = format!("weft {} ({})", shown.version, shown.target);
+        for t in shown.self_test.iter().flatten() {
+            text += &format!("\n{:<20} {}{}", t.name, if t.ok { "ok" } else { "FAILED: " }, t.note);
+        }
+        out(&text)?;
+    }
+    if failed > 0 {
+        bail!("{failed} self-tests failed");
+    }
+    Ok(())
+}
+
+/// Prints to stdout, with a newline. A reader that has seen enough is no error.
+fn out(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(format!("{text}\n").as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("cannot write to stdout"),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn complain(text: &str) {
+    // Nowhere is left to report a failure to.
+    let _ = io::stderr().lock().write_all(format!("weft: {text}\n").as_bytes());
+}
+
+/// A value on the command line, or in the environment, that argh does not check.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+fn code(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    complain(&format!("{error:#}"));
+    if error.is::<LoadError>() {
+        CONFIG.into()
+    } else if error.is::<Usage>() {
+        USAGE.into()
+    } else {
+        ExitCode::FAILURE
+    }
+}

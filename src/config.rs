@@ -1,12 +1,25 @@
 //! Final configuration types: past this file there is no `Option` that means "default" and no string
 //! that means an address.
 
+mod error;
+mod raw;
+mod resolve;
+mod service;
+
+pub use error::ConfigError;
+
 use crate::tunnel::identity::node_name;
 use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     str::FromStr,
 };
+
+/// A longer file is refused: it is no configuration. 5,000 Services need less than half of it.
+const FILE_MAX: u64 = 4 << 20;
 
 /// Everything that `weft run` needs to know.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +35,40 @@ pub struct Config {
     pub services: Vec<StaticService>,
 }
 
+/// Why a file gives no configuration; the process ends with 64.
+#[derive(Debug)]
+pub enum LoadError {
+    Unreadable(PathBuf, io::Error),
+    Wrong(PathBuf, ConfigError),
+}
+
+impl fmt::Display for LoadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable(path, why) => write!(f, "{}: {why}", path.display()),
+            Self::Wrong(path, why) => write!(f, "{}:{why}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for LoadError {}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// Where it cannot be read, and its first mistake.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let mut text = String::new();
+        let read = File::open(path).and_then(|file| file.take(FILE_MAX + 1).read_to_string(&mut text));
+        let unreadable = |why| LoadError::Unreadable(path.into(), why);
+        if read.map_err(unreadable)? as u64 > FILE_MAX {
+            return Err(unreadable(io::Error::new(io::ErrorKind::FileTooLarge, "longer than 4 MiB")));
+        }
+        Self::parse(&text).map_err(|why| LoadError::Wrong(path.into(), why))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeConfig {
     /// Empty: the bundle's name, else the host's.
@@ -30,6 +77,8 @@ pub struct NodeConfig {
     pub network: String,
     pub state_dir: PathBuf,
     pub bundle: Option<PathBuf>,
+    /// What is logged, unless `--log` or `WEFT_LOG` says.
+    pub log: log::LevelFilter,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -1,6 +1,8 @@
 //! One integration binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod cli;
+mod config;
 mod dns;
 mod dns_cases;
 mod dns_fixture;

@@ -148,7 +148,11 @@ impl BundleRelay {
             format!("{}@{}", raw.name, raw.address).parse().map_err(|e| anyhow::anyhow!("address: {e}"))?;
         let certificate = certificate(&raw.certificate).context("certificate")?;
         certificate.verify_signature(ca).context("certificate, against the bundle's ca")?;
-        ensure!(node_name(&at.name).is_some() && certificate.name == at.name, "certificate: {}'s", certificate.name);
+        ensure!(
+            node_name(&at.name).is_some() && certificate.name == at.name,
+            "certificate: it is {}'s",
+            certificate.name
+        );
         ensure!(certificate.roles.contains(Roles::RELAY), "certificate: it has not the role relay");
         Ok(Self { at, certificate })
     }

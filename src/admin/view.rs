@@ -1,0 +1,129 @@
+//! What the agent tells: the JSON of the socket and of `--json`, and what the tables are made from.
+// nanoserde's derive writes what clippy would write otherwise.
+#![allow(clippy::question_mark)]
+
+use nanoserde::{DeJson, SerJson};
+use std::collections::BTreeMap;
+
+/// The agent's answer where it has none.
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Failure {
+    pub error: String,
+}
+
+#[derive(Clone, Debug, Default, DeJson, PartialEq, SerJson)]
+pub struct Status {
+    pub version: String,
+    pub node: String,
+    pub pid: u32,
+    pub uptime_secs: u64,
+    /// Whether every source of the table has given a complete list.
+    pub synced: bool,
+    /// What feeds the table.
+    pub sources: Vec<String>,
+    pub services: usize,
+    pub endpoints: usize,
+    pub nodes: usize,
+    pub parts: Vec<Part>,
+    pub relays: Vec<Relay>,
+    /// Peers with a path.
+    pub peers: usize,
+    pub counters: BTreeMap<String, u64>,
+    pub warnings: Vec<String>,
+}
+
+/// One part of the process: dns, proxy, rules, tunnel, relay.
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Part {
+    pub name: String,
+    pub on: bool,
+    /// Such as where it listens, or why it is off.
+    pub note: String,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Relay {
+    pub name: String,
+    pub address: String,
+    pub registered: bool,
+    pub rtt_ms: Option<u32>,
+    pub note: String,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Peers {
+    pub peers: Vec<Peer>,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Peer {
+    pub name: String,
+    pub path: String,
+    pub via: String,
+    pub rtt_ms: Option<u32>,
+    pub since_secs: u64,
+    pub streams: usize,
+    pub tx_bytes: u64,
+    pub rx_bytes: u64,
+    pub note: String,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Services {
+    pub services: Vec<Service>,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Service {
+    pub namespace: String,
+    pub name: String,
+    /// ClusterIP, Headless or ExternalName.
+    pub kind: String,
+    pub ips: Vec<String>,
+    pub external_ips: Vec<String>,
+    pub ports: Vec<Port>,
+    pub ready: usize,
+    pub total: usize,
+    /// Of ClientIP affinity; none: no affinity.
+    pub sticky_secs: Option<u64>,
+    /// Of an ExternalName.
+    pub target: Option<String>,
+    /// Only where one Service was asked for.
+    pub endpoints: Option<Vec<Endpoint>>,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Port {
+    pub name: String,
+    pub port: u16,
+    pub protocol: String,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Endpoint {
+    pub address: String,
+    /// The target ports, in the order of the Service's; 0 where there is none.
+    pub ports: Vec<u16>,
+    pub node: Option<String>,
+    pub hostname: Option<String>,
+    pub ready: bool,
+    pub terminating: bool,
+}
+
+/// What our own DNS says to a name.
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Resolution {
+    /// As it was asked, after the search list.
+    pub name: String,
+    /// NOERROR, NXDOMAIN, …; FORWARD: the upstreams answer it.
+    pub code: String,
+    pub answers: Vec<Answer>,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Answer {
+    pub name: String,
+    pub kind: String,
+    pub ttl: u32,
+    pub data: String,
+}

@@ -1,0 +1,283 @@
+//! Text -> final types: the defaults, with what the file says put in their places.
+
+use super::{
+    AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, PodNames,
+    Policy, Profile, ProxyConfig, RelayConfig, TunnelConfig, Upstream,
+    raw::{Number, RawConfig, RawDns, RawNode, RawProxy, RawTunnel},
+    service,
+};
+use crate::tunnel::identity::{NAME_MAX, network_name, node_name};
+use log::LevelFilter;
+use std::{
+    fmt::Debug,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
+use toml::Spanned;
+
+/// EdgeMesh's address for its DNS, so that an edgecore's `clusterDNS` needs no change.
+const DNS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)), 53);
+const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 7843);
+
+/// Bit 5. Taken are 8–13 (OpenWrt mwan3's 0x3F00; 13 by the CNI portmap plugin too), 14 and 15 (kube-proxy), 16–23
+/// (OpenWrt pbr's 0xFF0000, Tailscale), 16–31 (Calico's default 0xFFFF0000), 7 (the AWS CNI); Cilium uses 8–11 and
+/// 16–31, and the lower bits only in packets of other clusters that it has marked there too. The list:
+/// github.com/fwmark/registry, and each project's own default.
+const MARK: u32 = 1 << 5;
+
+/// CoreDNS's bound for its `ttl`.
+const TTL_MAX: u32 = 3_600;
+/// An entry of the cache takes up to ~1 kB, and routers have 64 MB.
+const CACHE_MAX: usize = 65_536;
+/// Two descriptors for each.
+const CONNECTIONS_MAX: usize = 65_536;
+/// Linux: IFNAMSIZ is 16 with its NUL.
+const INTERFACE_MAX: usize = 15;
+/// Lists of the file are refused beyond this many items.
+const LIST_MAX: usize = 64;
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: NodeConfig {
+                name: String::new(),
+                zone: String::new(),
+                network: String::new(),
+                state_dir: PathBuf::from("/var/lib/weft"),
+                bundle: None,
+                log: LevelFilter::Info,
+            },
+            kube: KubeConfig { manifests: Vec::new() },
+            dns: DnsConfig {
+                enable: true,
+                listen: DNS_LISTEN,
+                domain: "cluster.local".into(),
+                ttl: 30,
+                pods: PodNames::Insecure,
+                upstream: vec![Upstream::ResolvConf("/etc/resolv.conf".into())],
+                cache: 1_024,
+            },
+            proxy: ProxyConfig {
+                enable: true,
+                backend: Backend::Auto,
+                interfaces: Vec::new(),
+                external_ips: false,
+                mark: MARK,
+                max_connections: 4_096,
+            },
+            balancer: BalancerConfig { default: Policy::RoundRobin },
+            tunnel: TunnelConfig {
+                enable: true,
+                listen: TUNNEL_LISTEN,
+                profile: Profile::Auto,
+                congestion: Congestion::Auto,
+                relays: Vec::new(),
+            },
+            relay: RelayConfig { enable: false },
+            admin: AdminConfig { socket: PathBuf::from("/run/weft.sock") },
+            services: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// # Errors
+    /// The first mistake in the text.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let raw: RawConfig = toml::from_str(text).map_err(|e| ConfigError::from_toml(text, e))?;
+        let put = Put { text };
+        let mut c = Self::default();
+        put.node(&mut c.node, raw.node)?;
+        put.list(&mut c.kube.manifests, "kube.manifests", raw.kube.manifests, "a path", |s| path(s).map(|_| s.into()))?;
+        put.dns(&mut c.dns, raw.dns)?;
+        put.proxy(&mut c.proxy, raw.proxy)?;
+        let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
+        put.choice(&mut c.balancer.default, "balancer.default", raw.balancer.default, &policies)?;
+        put.tunnel(&mut c.tunnel, raw.tunnel)?;
+        put.flag(&mut c.relay.enable, raw.relay.enable);
+        put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
+            // Linux: sun_path has 108 bytes with its NUL.
+            path(s).filter(|_| s.len() < 108)
+        })?;
+        c.services = service::resolve(&put, raw.service, c.dns.listen.ip())?;
+        Ok(c)
+    }
+}
+
+const SOCKET: &str = "an absolute path of up to 107 bytes";
+const PATH: &str = "an absolute path";
+
+/// Puts the file's values in the places of the defaults.
+pub(super) struct Put<'t> {
+    pub(super) text: &'t str,
+}
+
+impl Put<'_> {
+    pub(super) fn error<T>(&self, at: &Spanned<T>, key: &str, what: impl Into<String>) -> ConfigError {
+        ConfigError::new(self.text, at.span(), key, what)
+    }
+
+    /// Parses a value that is there; `expected` ends the sentence "expected …".
+    pub(super) fn parse<R: Debug, T>(
+        &self,
+        key: &str,
+        raw: &Spanned<R>,
+        expected: &str,
+        parse: impl FnOnce(&R) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        let value = raw.get_ref();
+        parse(value).ok_or_else(|| self.error(raw, key, format!("{value:?}: expected {expected}")))
+    }
+
+    pub(super) fn value<R: Debug, T>(
+        &self,
+        slot: &mut T,
+        key: &str,
+        raw: Option<Spanned<R>>,
+        expected: &str,
+        parse: impl FnOnce(&R) -> Option<T>,
+    ) -> Result<(), ConfigError> {
+        if let Some(raw) = raw {
+            *slot = self.parse(key, &raw, expected, parse)?;
+        }
+        Ok(())
+    }
+
+    fn list<T>(
+        &self,
+        slot: &mut Vec<T>,
+        key: &str,
+        raw: Option<Vec<Spanned<String>>>,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<(), ConfigError> {
+        let Some(raw) = raw else { return Ok(()) };
+        if let Some(more) = raw.get(LIST_MAX) {
+            return Err(self.error(more, key, format!("more than {LIST_MAX} items")));
+        }
+        *slot = raw.iter().map(|item| self.parse(key, item, expected, |s| parse(s))).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    fn choice<T: Copy>(
+        &self,
+        slot: &mut T,
+        key: &str,
+        raw: Option<Spanned<String>>,
+        choices: &[(&str, T)],
+    ) -> Result<(), ConfigError> {
+        let expected = choices.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>().join(" or ");
+        self.value(slot, key, raw, &expected, |s| choices.iter().find(|(name, _)| name == s).map(|(_, v)| *v))
+    }
+
+    fn number<T>(
+        &self,
+        slot: &mut T,
+        key: &str,
+        raw: Number,
+        range: std::ops::RangeInclusive<usize>,
+    ) -> Result<(), ConfigError>
+    where
+        T: TryFrom<usize>,
+    {
+        let expected = format!("a number from {} to {}", range.start(), range.end());
+        self.value(slot, key, raw, &expected, |n| {
+            usize::try_from(*n).ok().filter(|n| range.contains(n)).and_then(|n| T::try_from(n).ok())
+        })
+    }
+
+    fn flag(&self, slot: &mut bool, raw: Option<bool>) {
+        *slot = raw.unwrap_or(*slot);
+    }
+
+    fn node(&self, c: &mut NodeConfig, raw: RawNode) -> Result<(), ConfigError> {
+        let name = "a node's name: characters a-z, 0-9, '-' and '.'; empty for the bundle's";
+        self.value(&mut c.name, "node.name", raw.name, name, |s| {
+            (s.is_empty() || node_name(s).is_some()).then(|| s.clone())
+        })?;
+        let label = "up to 63 characters a-z, 0-9, '-' and '.'";
+        for (slot, key, raw) in [(&mut c.zone, "node.zone", raw.zone), (&mut c.network, "node.network", raw.network)] {
+            self.value(slot, key, raw, label, |s| network_name(s).map(Into::into))?;
+        }
+        self.value(&mut c.state_dir, "node.state_dir", raw.state_dir, PATH, |s| path(s))?;
+        self.value(&mut c.bundle, "node.bundle", raw.bundle, PATH, |s| path(s).map(Some))?;
+        self.choice(
+            &mut c.log,
+            "node.log",
+            raw.log,
+            &[
+                ("error", LevelFilter::Error),
+                ("warn", LevelFilter::Warn),
+                ("info", LevelFilter::Info),
+                ("debug", LevelFilter::Debug),
+                ("trace", LevelFilter::Trace),
+            ],
+        )
+    }
+
+    fn dns(&self, c: &mut DnsConfig, raw: RawDns) -> Result<(), ConfigError> {
+        self.flag(&mut c.enable, raw.enable);
+        let listen = "an address of weft0 and a port, such as 169.254.96.16:53";
+        self.value(&mut c.listen, "dns.listen", raw.listen, listen, |s| {
+            s.parse().ok().filter(|a: &SocketAddr| a.port() != 0 && may_be_dialled(a.ip()) && !a.ip().is_loopback())
+        })?;
+        let domain = "a domain such as cluster.local";
+        self.value(&mut c.domain, "dns.domain", raw.domain, domain, |s| {
+            let bare = s.strip_suffix('.').unwrap_or(s).to_ascii_lowercase();
+            // Names below it, such as a Service's, need room too.
+            node_name(&bare).filter(|d| d.len() < NAME_MAX - 128).map(Into::into)
+        })?;
+        self.number(&mut c.ttl, "dns.ttl", raw.ttl, 0..=TTL_MAX as usize)?;
+        let pods = [("disabled", PodNames::Disabled), ("insecure", PodNames::Insecure)];
+        self.choice(&mut c.pods, "dns.pods", raw.pods, &pods)?;
+        let upstream = "a server's address, such as 192.0.2.1 or 192.0.2.1:53, or the path of a resolv.conf";
+        self.list(&mut c.upstream, "dns.upstream", raw.upstream, upstream, |s| {
+            if s.starts_with('/') {
+                return Some(Upstream::ResolvConf(s.into()));
+            }
+            let server = s.parse().or_else(|_| s.parse().map(|ip| SocketAddr::new(ip, 53))).ok()?;
+            (server.port() != 0 && may_be_dialled(server.ip())).then_some(Upstream::Server(server))
+        })?;
+        self.number(&mut c.cache, "dns.cache", raw.cache, 0..=CACHE_MAX)
+    }
+
+    fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
+        self.flag(&mut c.enable, raw.enable);
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
+        let interface = "an interface's name, of 1 to 15 characters";
+        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, interface, |s| {
+            // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
+            let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
+            let named = (1..=INTERFACE_MAX).contains(&s.len()) && s != "." && s != ".." && !s.starts_with('-');
+            (named && s.chars().all(valid)).then(|| s.into())
+        })?;
+        self.flag(&mut c.external_ips, raw.external_ips);
+        self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
+            u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
+        })?;
+        self.number(&mut c.max_connections, "proxy.max_connections", raw.max_connections, 1..=CONNECTIONS_MAX)
+    }
+
+    fn tunnel(&self, c: &mut TunnelConfig, raw: RawTunnel) -> Result<(), ConfigError> {
+        self.flag(&mut c.enable, raw.enable);
+        let listen = "an address and a port, such as [::]:7843";
+        self.value(&mut c.listen, "tunnel.listen", raw.listen, listen, |s| s.parse().ok())?;
+        let profiles = [("auto", Profile::Auto), ("router", Profile::Router), ("server", Profile::Server)];
+        self.choice(&mut c.profile, "tunnel.profile", raw.profile, &profiles)?;
+        let kinds = [("auto", Congestion::Auto), ("bbr", Congestion::Bbr), ("cubic", Congestion::Cubic)];
+        self.choice(&mut c.congestion, "tunnel.congestion", raw.congestion, &kinds)?;
+        let relay = "name@host:port, such as relay-1@relay.example:7843";
+        self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())
+    }
+}
+
+/// An absolute path, without NUL, which no system call takes.
+fn path(text: &str) -> Option<PathBuf> {
+    (text.starts_with('/') && !text.contains('\0')).then(|| text.into())
+}
+
+/// No address of nobody, of everybody or of many.
+pub(super) fn may_be_dialled(ip: IpAddr) -> bool {
+    !ip.is_unspecified() && !ip.is_multicast() && ip != IpAddr::V4(Ipv4Addr::BROADCAST)
+}
