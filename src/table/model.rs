@@ -139,11 +139,22 @@ pub enum Object {
     Node(NodeInfo),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ObjectId {
     Service(ServiceId),
     Slice(SliceId),
     Node(Name),
+}
+
+impl Object {
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        match self {
+            Self::Service(s) => ObjectId::Service(s.id.clone()),
+            Self::Slice(s) => ObjectId::Slice(s.id.clone()),
+            Self::Node(n) => ObjectId::Node(n.name.clone()),
+        }
+    }
 }
 
 /// What a source says; the only input of the reducer.

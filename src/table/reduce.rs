@@ -163,24 +163,34 @@ impl Table {
         }
     }
 
-    fn keep(&mut self, source: Source, id: &ObjectId) {
-        let generation = self.lists.entry(source).or_default().generation;
-        fn mark<'e, T: 'e>(entries: impl IntoIterator<Item = &'e mut Entry<T>>, source: Source, generation: u32) {
-            entries.into_iter().filter(|e| e.source == source).for_each(|e| e.generation = generation);
+    /// The generation of a source's version of an object.
+    fn generation(&mut self, source: Source, id: &ObjectId) -> Option<&mut u32> {
+        fn of<T>(versions: &mut [Entry<T>], source: Source) -> Option<&mut u32> {
+            versions.iter_mut().find(|e| e.source == source).map(|e| &mut e.generation)
         }
         match id {
             ObjectId::Service(id) => {
-                if let Some(slot) = self.slot(&id.namespace, &id.name) {
-                    mark(&mut self.records[slot as usize].services, source, generation);
-                }
+                let slot = self.slot(&id.namespace, &id.name)?;
+                of(&mut self.records[slot as usize].services, source)
             }
-            ObjectId::Node(name) => mark(self.nodes.get_mut(name).into_iter().flatten(), source, generation),
+            ObjectId::Node(name) => of(self.nodes.get_mut(name)?, source),
             ObjectId::Slice(id) => {
-                if let Some((slot, at)) = self.find_slice(source, id) {
-                    self.records[slot as usize].slices[at].generation = generation;
-                }
+                let (slot, at) = self.find_slice(source, id)?;
+                Some(&mut self.records[slot as usize].slices[at].generation)
             }
         }
+    }
+
+    fn keep(&mut self, source: Source, id: &ObjectId) {
+        let current = self.lists.entry(source).or_default().generation;
+        if let Some(generation) = self.generation(source, id) {
+            *generation = current;
+        }
+    }
+
+    /// Whether a source's version of an object is in the table, seen or shadowed.
+    pub fn has(&mut self, source: Source, id: &ObjectId) -> bool {
+        self.generation(source, id).is_some()
     }
 
     fn delete(&mut self, source: Source, id: &ObjectId) -> bool {

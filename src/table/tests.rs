@@ -68,14 +68,6 @@ fn object(rng: &mut fastrand::Rng) -> Object {
     }
 }
 
-fn id(object: &Object) -> ObjectId {
-    match object {
-        Object::Service(s) => ObjectId::Service(s.id.clone()),
-        Object::Slice(s) => ObjectId::Slice(s.id.clone()),
-        Object::Node(n) => ObjectId::Node(n.name.clone()),
-    }
-}
-
 /// Everything a reader can see, computed from the objects alone.
 #[derive(Debug, PartialEq, Default)]
 struct Seen {
@@ -93,12 +85,12 @@ struct Model(Vec<(Source, Object)>);
 
 impl Model {
     fn put(&mut self, source: Source, object: Object) {
-        self.remove(source, &id(&object));
+        self.remove(source, &object.id());
         self.0.push((source, object));
     }
 
     fn remove(&mut self, source: Source, of: &ObjectId) {
-        self.0.retain(|(s, o)| !(*s == source && id(o) == *of));
+        self.0.retain(|(s, o)| !(*s == source && o.id() == *of));
     }
 
     fn seen(&self) -> Seen {
@@ -205,8 +197,8 @@ fn changes_in_any_order_equal_the_model() {
             let object = object(&mut rng);
             let before = seen(&table);
             let changed = if rng.u8(..3) == 0 {
-                model.remove(source, &id(&object));
-                table.apply(Change::Delete(source, id(&object)))
+                model.remove(source, &object.id());
+                table.apply(Change::Delete(source, object.id()))
             } else {
                 model.put(source, object.clone());
                 table.apply(Change::Apply(source, object))
