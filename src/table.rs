@@ -1,14 +1,17 @@
 //! The one state: Services, endpoints and nodes, with one writer. DNS, proxy and tunnel read it in place.
 
 pub mod balance;
+mod index;
 pub mod model;
+mod names;
 mod reduce;
+pub mod statics;
+#[cfg(test)]
+mod tests;
 
-use model::{Endpoint, Name, NodeInfo, Protocol, Service, ServiceId, Slice, SliceId, Source};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use index::Index;
+use model::{Endpoint, Name, NodeInfo, Protocol, Service, ServiceId, Slice, Source};
+use std::{collections::BTreeMap, net::IpAddr};
 
 /// One object of one source, with the generation of the list that named it last.
 #[derive(Clone, Debug)]
@@ -21,23 +24,67 @@ struct Entry<T> {
 /// All sources' versions of one object, the winning one last.
 type Versions<T> = Vec<Entry<T>>;
 
+/// A Service, in all its versions, and its slices by name and source. Slices may come before their Service.
+#[derive(Debug, Default)]
+struct Record {
+    services: Versions<Service>,
+    slices: Vec<Entry<Slice>>,
+}
+
+impl Record {
+    /// The source whose Service is seen; only its slices are seen with it.
+    fn source(&self) -> Option<Source> {
+        Some(self.services.last()?.source)
+    }
+
+    fn service(&self) -> Option<&Service> {
+        Some(&self.services.last()?.value)
+    }
+
+    /// Endpoints objects count only where there is no EndpointSlice.
+    fn visible_slices(&self) -> impl Iterator<Item = &Slice> + Clone {
+        let source = self.source();
+        let of_source = self.slices.iter().filter(move |e| Some(e.source) == source).map(|e| &e.value);
+        let sliced = of_source.clone().any(|s| !s.id.is_subset());
+        of_source.filter(move |s| !(sliced && s.id.is_subset()))
+    }
+}
+
+/// The Services of one namespace.
+#[derive(Debug, Default)]
+struct Namespace {
+    slots: BTreeMap<Name, u32>,
+    /// Those that are more than slices without a Service.
+    services: usize,
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Table {
-    services: BTreeMap<ServiceId, Versions<Service>>,
-    /// By Service, then by slice.
-    slices: BTreeMap<ServiceId, BTreeMap<SliceId, Versions<Slice>>>,
-    /// Which Service each slice belongs to, for deletes and for slices that change their label.
-    slice_owner: BTreeMap<(Source, SliceId), ServiceId>,
+    namespaces: BTreeMap<Name, Namespace>,
+    records: Vec<Record>,
+    /// Slots of records that are empty.
+    free: Vec<u32>,
     nodes: BTreeMap<Name, Versions<NodeInfo>>,
-    by_vip: BTreeMap<IpAddr, ServiceId>,
-    by_endpoint: BTreeMap<IpAddr, BTreeSet<ServiceId>>,
-    namespaces: BTreeMap<Name, usize>,
+    /// The nodes whose visible version has the address. Sites behind NATs often share private addresses.
+    node_addresses: BTreeMap<IpAddr, Vec<Name>>,
+    /// All versions' vips and external addresses -> slot.
+    by_vip: Index,
+    /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
+    by_endpoint: Index,
+    /// Slices' ids with their source -> slot: for deletes, and for slices that change their label.
+    by_slice: Index,
     lists: BTreeMap<Source, reduce::List>,
+    names: names::Names,
     version: u64,
 }
 
 impl Table {
+    /// Says that a source will list: the table is not synced before it has.
+    pub fn expect(&mut self, source: Source) {
+        self.lists.entry(source).or_default();
+    }
+
     /// Whether every source that began a list has completed one: before that an absent name is unknown, not absent.
     #[must_use]
     pub fn synced(&self) -> bool {
@@ -50,53 +97,83 @@ impl Table {
         self.version
     }
 
+    /// The shared allocation of a name.
+    pub fn intern(&mut self, name: &str) -> Name {
+        self.names.get(name)
+    }
+
+    fn slot(&self, namespace: &str, name: &str) -> Option<u32> {
+        self.namespaces.get(namespace)?.slots.get(name).copied()
+    }
+
+    fn record(&self, id: &ServiceId) -> Option<(u32, &Record)> {
+        let slot = self.slot(&id.namespace, &id.name)?;
+        Some((slot, &self.records[slot as usize]))
+    }
+
     #[must_use]
     pub fn service(&self, namespace: &str, name: &str) -> Option<&Service> {
-        let id = ServiceId { namespace: namespace.into(), name: name.into() };
-        self.service_by_id(&id)
+        self.records[self.slot(namespace, name)? as usize].service()
     }
 
     #[must_use]
     pub fn service_by_id(&self, id: &ServiceId) -> Option<&Service> {
-        Some(&self.services.get(id)?.last()?.value)
+        self.service(&id.namespace, &id.name)
     }
 
     /// In the order of their ids.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values().filter_map(|v| Some(&v.last()?.value))
+        self.namespaces.values().flat_map(|n| n.slots.values()).filter_map(|s| self.records[*s as usize].service())
     }
 
     #[must_use]
     pub fn has_namespace(&self, namespace: &str) -> bool {
-        self.namespaces.contains_key(namespace)
+        self.namespaces.get(namespace).is_some_and(|n| n.services > 0)
     }
 
-    /// The Service whose virtual (or external) address this is.
+    /// The Service whose virtual (or external) address this is. Of several that share an external address the first;
+    /// a virtual address is never another Service's external one.
     #[must_use]
     pub fn by_vip(&self, address: IpAddr) -> Option<&Service> {
-        self.service_by_id(self.by_vip.get(&address)?)
+        self.all_by_vip(address).min_by_key(|s| (!s.vips.contains(&address), &s.id))
     }
 
-    /// Every endpoint of a Service with the slice that names it, from the source that names the Service.
+    /// All Services that have this as a virtual or external address, in no order.
+    fn all_by_vip(&self, address: IpAddr) -> impl Iterator<Item = &Service> {
+        self.by_vip
+            .slots(index::of_address(address))
+            .filter_map(|slot| self.records[slot as usize].service())
+            .filter(move |s| s.vips.contains(&address) || s.external_ips.contains(&address))
+    }
+
+    /// Every endpoint of a Service with the slice that names it, from the source that names the Service. An address
+    /// that stands in two slices with the same ports comes once, in its better state.
     pub fn endpoints<'t>(&'t self, id: &ServiceId) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
-        let source = self.services.get(id).and_then(|v| v.last()).map(|e| e.source);
-        self.slices
-            .get(id)
-            .into_iter()
-            .flat_map(BTreeMap::values)
-            .flatten()
-            .filter(move |entry| Some(entry.source) == source)
-            .flat_map(|entry| entry.value.endpoints.iter().map(|endpoint| (&entry.value, endpoint)))
+        self.record(id).into_iter().flat_map(move |(slot, record)| self.endpoints_of(slot, record))
+    }
+
+    fn endpoints_of<'t>(
+        &'t self,
+        slot: u32,
+        record: &'t Record,
+    ) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
+        let slices = record.visible_slices();
+        let several = slices.clone().nth(1).is_some();
+        slices.clone().flat_map(|slice| slice.endpoints.iter().map(move |e| (slice, e))).filter(move |(slice, e)| {
+            let twins = || self.by_endpoint.count(index::of_address(e.address), endpoint_slot(slot, slice));
+            !several || twins() < 2 || is_best(slices.clone(), slice, e)
+        })
     }
 
     /// The endpoints of an address, for reverse look-ups.
     pub fn by_endpoint(&self, address: IpAddr) -> impl Iterator<Item = (&Service, &Endpoint)> {
+        let mut last = None;
         self.by_endpoint
-            .get(&address)
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.service_by_id(id))
-            .flat_map(move |s| self.endpoints(&s.id).map(move |(_, e)| (s, e)))
+            .slots(index::of_address(address))
+            .map(|half| half / 2)
+            .filter(move |slot| last.replace(*slot) != Some(*slot))
+            .filter_map(|slot| Some((slot, &self.records[slot as usize], self.records[slot as usize].service()?)))
+            .flat_map(|(slot, record, service)| self.endpoints_of(slot, record).map(move |(_, e)| (service, e)))
             .filter(move |(_, e)| e.address == address)
     }
 
@@ -109,9 +186,39 @@ impl Table {
         self.nodes.values().filter_map(|v| Some(&v.last()?.value))
     }
 
+    /// The nodes that have an address, in the order of their names.
+    #[must_use]
+    pub fn nodes_with(&self, address: IpAddr) -> &[Name] {
+        self.node_addresses.get(&address).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many objects a source has in the table, seen or shadowed.
+    #[must_use]
+    pub fn objects(&self, source: Source) -> usize {
+        fn of<T>(entries: &[Entry<T>], source: Source) -> usize {
+            entries.iter().filter(|e| e.source == source).count()
+        }
+        self.records.iter().map(|r| of(&r.services, source) + of(&r.slices, source)).sum::<usize>()
+            + self.nodes.values().map(|n| of(n, source)).sum::<usize>()
+    }
+
     /// The port of a slice that a Service's port stands for: joined by name and protocol.
     #[must_use]
     pub fn target_port(slice: &Slice, name: &str, protocol: Protocol) -> Option<u16> {
         slice.ports.iter().find(|p| &*p.name == name && p.protocol == protocol).map(|p| p.number)
     }
+}
+
+fn endpoint_slot(slot: u32, slice: &Slice) -> u32 {
+    2 * slot + u32::from(slice.id.is_subset())
+}
+
+/// Whether this is the first in the best state of all endpoints with its address and ports.
+fn is_best<'t>(slices: impl Iterator<Item = &'t Slice>, slice: &Slice, endpoint: &Endpoint) -> bool {
+    let state = |e: &Endpoint| (e.ready, e.serving, !e.terminating);
+    let twins = slices
+        .filter(|s| s.ports == slice.ports)
+        .filter_map(|s| s.endpoints.iter().find(|e| e.address == endpoint.address));
+    let best = twins.reduce(|best, e| if state(e) > state(best) { e } else { best });
+    best.is_some_and(|best| std::ptr::eq(best, endpoint))
 }

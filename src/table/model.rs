@@ -80,6 +80,20 @@ pub struct SliceId {
     pub name: Name,
 }
 
+impl SliceId {
+    /// The id of one subset of an Endpoints object: no Kubernetes name holds a slash.
+    #[must_use]
+    pub fn of_subset(namespace: Name, service: &str, index: usize) -> Self {
+        Self { namespace, name: format!("{service}/{index}").into() }
+    }
+
+    /// Whether it is a subset of an Endpoints object, which counts only where the Service has no EndpointSlice.
+    #[must_use]
+    pub fn is_subset(&self) -> bool {
+        self.name.contains('/')
+    }
+}
+
 /// An EndpointSlice (or one subset of an Endpoints object).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
@@ -125,11 +139,22 @@ pub enum Object {
     Node(NodeInfo),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ObjectId {
     Service(ServiceId),
     Slice(SliceId),
     Node(Name),
+}
+
+impl Object {
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        match self {
+            Self::Service(s) => ObjectId::Service(s.id.clone()),
+            Self::Slice(s) => ObjectId::Slice(s.id.clone()),
+            Self::Node(n) => ObjectId::Node(n.name.clone()),
+        }
+    }
 }
 
 /// What a source says; the only input of the reducer.
@@ -138,6 +163,12 @@ pub enum Change {
     /// A complete list begins: what it does not name is swept at [`Change::Complete`].
     Begin(Source),
     Apply(Source, Object),
+    /// The list names an object that could not be read: what was known of it stays.
+    Keep(Source, ObjectId),
     Delete(Source, ObjectId),
+    /// The list is whole: what it did not name goes. Without a [`Change::Begin`] nothing goes.
     Complete(Source),
+    /// The list broke off, or is not plausible (a body that is no list; no items and no resourceVersion either,
+    /// which is how metaServer says that it does not know): nothing is swept, the source is as complete as before.
+    Abort(Source),
 }

@@ -1,53 +1,22 @@
 //! Change -> Table. Mark and sweep by generation: a complete list removes only what its own source named before.
+//! Each event costs O(log n) for the object and for each address that it names.
 
-use super::{Entry, Table, Versions, model::*};
-use std::collections::BTreeMap;
+use super::{Entry, Record, Table, Versions, endpoint_slot, index, model::*};
+use std::{collections::HashSet, net::IpAddr};
 
 /// Where a source stands with its lists.
 #[derive(Debug, Default)]
 pub(super) struct List {
     generation: u32,
-    completed: u32,
+    /// Between Begin and its Complete or Abort.
+    open: bool,
+    completed: bool,
 }
 
 impl List {
     pub(super) fn complete(&self) -> bool {
-        self.completed > 0
+        self.completed
     }
-}
-
-/// Puts a version in its place by source; true where the table's visible content changed.
-fn put<T: PartialEq>(versions: &mut Versions<T>, source: Source, generation: u32, value: T) -> bool {
-    match versions.binary_search_by_key(&source, |e| e.source) {
-        Ok(at) => {
-            versions[at].generation = generation;
-            let changed = versions[at].value != value;
-            versions[at].value = value;
-            changed
-        }
-        Err(at) => {
-            versions.insert(at, Entry { source, generation, value });
-            true
-        }
-    }
-}
-
-fn take<K: Ord, T>(map: &mut BTreeMap<K, Versions<T>>, key: &K, source: Source) -> bool {
-    let Some(versions) = map.get_mut(key) else { return false };
-    let before = versions.len();
-    versions.retain(|e| e.source != source);
-    let changed = versions.len() != before;
-    if versions.is_empty() {
-        map.remove(key);
-    }
-    changed
-}
-
-fn stale<K: Clone, T>(map: &BTreeMap<K, Versions<T>>, source: Source, generation: u32) -> Vec<K> {
-    map.iter()
-        .filter(|(_, v)| v.iter().any(|e| e.source == source && e.generation != generation))
-        .map(|(k, _)| k.clone())
-        .collect()
 }
 
 impl Table {
@@ -57,89 +26,328 @@ impl Table {
             Change::Begin(source) => {
                 let list = self.lists.entry(source).or_default();
                 list.generation = list.generation.wrapping_add(1);
+                list.open = true;
                 false
             }
-            Change::Apply(source, object) => self.insert(source, object),
+            Change::Apply(source, object) => {
+                let generation = self.lists.entry(source).or_default().generation;
+                match object {
+                    Object::Service(service) => self.put_service(source, generation, service),
+                    Object::Slice(slice) => self.put_slice(source, generation, slice),
+                    Object::Node(node) => self.put_node(source, generation, node),
+                }
+            }
+            Change::Keep(source, id) => {
+                self.keep(source, &id);
+                false
+            }
             Change::Delete(source, id) => self.delete(source, &id),
-            Change::Complete(source) => self.sweep(source),
+            Change::Complete(source) => self.complete(source),
+            Change::Abort(source) => {
+                self.lists.entry(source).or_default().open = false;
+                false
+            }
         };
-        if changed {
-            self.reindex();
-            self.version += 1;
-        }
+        self.version += u64::from(changed);
         changed
     }
 
-    fn insert(&mut self, source: Source, object: Object) -> bool {
-        let generation = self.lists.entry(source).or_default().generation;
-        match object {
-            Object::Service(s) => put(self.services.entry(s.id.clone()).or_default(), source, generation, s),
-            Object::Node(n) => put(self.nodes.entry(n.name.clone()).or_default(), source, generation, n),
-            Object::Slice(s) => {
-                let owner = ServiceId { namespace: s.id.namespace.clone(), name: s.service.clone() };
-                let mut moved = false;
-                if self.slice_owner.get(&(source, s.id.clone())).is_some_and(|old| *old != owner) {
-                    moved = self.delete(source, &ObjectId::Slice(s.id.clone()));
+    fn put_service(&mut self, source: Source, generation: u32, mut service: Service) -> bool {
+        self.names.share(&mut service.id.namespace);
+        self.names.share(&mut service.id.name);
+        service.ports.iter_mut().for_each(|p| self.names.share(&mut p.name));
+        service.ports.shrink_to_fit();
+        service.vips.shrink_to_fit();
+        service.external_ips.shrink_to_fit();
+        let slot = self.slot_for(&service.id);
+        let addresses: Vec<_> = service.vips.iter().chain(&service.external_ips).copied().collect();
+        let namespace = service.id.namespace.clone();
+        let versions = &mut self.records[slot as usize].services;
+        let was_named = !versions.is_empty();
+        let put = put(versions, source, generation, service);
+        if let Put::Same = put {
+            return false;
+        }
+        if !was_named && let Some(namespace) = self.namespaces.get_mut(&namespace) {
+            namespace.services += 1;
+        }
+        for address in addresses {
+            self.by_vip.add(index::of_address(address), slot);
+        }
+        if let Put::Replaced(old, _) = &put {
+            self.unindex_vips(slot, old);
+        }
+        put.is_visible()
+    }
+
+    fn put_slice(&mut self, source: Source, generation: u32, mut slice: Slice) -> bool {
+        self.tidy(&mut slice);
+        let mut moved = false;
+        if let Some((slot, at)) = self.find_slice(source, &slice.id)
+            && self.records[slot as usize].slices[at].value.service != slice.service
+        {
+            moved = self.delete(source, &ObjectId::Slice(slice.id.clone()));
+        }
+        let slot = self.slot_for(&ServiceId { namespace: slice.id.namespace.clone(), name: slice.service.clone() });
+        let record = &mut self.records[slot as usize];
+        let visible = record.source() == Some(source);
+        let key = (slice.id.name.clone(), source);
+        let found = record.slices.binary_search_by(|e| (&e.value.id.name, e.source).cmp(&(&key.0, key.1)));
+        let addresses =
+            |slice: &Slice| slice.endpoints.iter().map(|e| index::of_address(e.address)).collect::<Vec<_>>();
+        let half = endpoint_slot(slot, &slice);
+        match found {
+            Ok(at) => {
+                let entry = &mut record.slices[at];
+                entry.generation = generation;
+                if entry.value == slice {
+                    return moved;
                 }
-                self.slice_owner.insert((source, s.id.clone()), owner.clone());
-                let of_service = self.slices.entry(owner).or_default();
-                put(of_service.entry(s.id.clone()).or_default(), source, generation, s) || moved
+                addresses(&slice).into_iter().for_each(|key| self.by_endpoint.add(key, half));
+                let old = std::mem::replace(&mut entry.value, slice);
+                addresses(&old).into_iter().for_each(|key| self.by_endpoint.remove(key, half));
+            }
+            Err(at) => {
+                self.by_slice.add(slice_key(source, &slice.id), slot);
+                addresses(&slice).into_iter().for_each(|key| self.by_endpoint.add(key, half));
+                insert_exact(&mut record.slices, at, Entry { source, generation, value: slice });
             }
         }
+        visible || moved
+    }
+
+    /// Shares the names that many objects have, drops spare capacity and endpoints that are named twice.
+    fn tidy(&mut self, slice: &mut Slice) {
+        let names = &mut self.names;
+        names.share(&mut slice.id.namespace);
+        names.share(&mut slice.service);
+        slice.ports.iter_mut().for_each(|p| names.share(&mut p.name));
+        for endpoint in &mut slice.endpoints {
+            endpoint.node.iter_mut().chain(&mut endpoint.zone).for_each(|name| names.share(name));
+        }
+        let mut seen = HashSet::with_capacity(slice.endpoints.len());
+        slice.endpoints.retain(|e| seen.insert(e.address));
+        slice.endpoints.shrink_to_fit();
+        slice.ports.shrink_to_fit();
+    }
+
+    fn put_node(&mut self, source: Source, generation: u32, mut node: NodeInfo) -> bool {
+        self.names.share(&mut node.name);
+        node.zone.iter_mut().for_each(|zone| self.names.share(zone));
+        node.addresses.shrink_to_fit();
+        let name = node.name.clone();
+        let before = self.node_addresses(&name);
+        let put = put(self.nodes.entry(name.clone()).or_default(), source, generation, node);
+        self.reindex_node(&name, &before);
+        put.is_visible()
+    }
+
+    fn node_addresses(&self, name: &str) -> Vec<IpAddr> {
+        self.node(name).map(|n| n.addresses.clone()).unwrap_or_default()
+    }
+
+    fn reindex_node(&mut self, name: &Name, before: &[IpAddr]) {
+        for address in before {
+            if let Some(holders) = self.node_addresses.get_mut(address) {
+                holders.retain(|n| n != name);
+                if holders.is_empty() {
+                    self.node_addresses.remove(address);
+                }
+            }
+        }
+        for address in self.node_addresses(name) {
+            let holders = self.node_addresses.entry(address).or_default();
+            if let Err(at) = holders.binary_search(name) {
+                insert_exact(holders, at, name.clone());
+            }
+        }
+    }
+
+    /// The generation of a source's version of an object.
+    fn generation(&mut self, source: Source, id: &ObjectId) -> Option<&mut u32> {
+        fn of<T>(versions: &mut [Entry<T>], source: Source) -> Option<&mut u32> {
+            versions.iter_mut().find(|e| e.source == source).map(|e| &mut e.generation)
+        }
+        match id {
+            ObjectId::Service(id) => {
+                let slot = self.slot(&id.namespace, &id.name)?;
+                of(&mut self.records[slot as usize].services, source)
+            }
+            ObjectId::Node(name) => of(self.nodes.get_mut(name)?, source),
+            ObjectId::Slice(id) => {
+                let (slot, at) = self.find_slice(source, id)?;
+                Some(&mut self.records[slot as usize].slices[at].generation)
+            }
+        }
+    }
+
+    fn keep(&mut self, source: Source, id: &ObjectId) {
+        let current = self.lists.entry(source).or_default().generation;
+        if let Some(generation) = self.generation(source, id) {
+            *generation = current;
+        }
+    }
+
+    /// Whether a source's version of an object is in the table, seen or shadowed.
+    pub fn has(&mut self, source: Source, id: &ObjectId) -> bool {
+        self.generation(source, id).is_some()
     }
 
     fn delete(&mut self, source: Source, id: &ObjectId) -> bool {
         match id {
-            ObjectId::Service(id) => take(&mut self.services, id, source),
-            ObjectId::Node(name) => take(&mut self.nodes, name, source),
-            ObjectId::Slice(id) => {
-                let Some(owner) = self.slice_owner.remove(&(source, id.clone())) else { return false };
-                let Some(of_service) = self.slices.get_mut(&owner) else { return false };
-                let changed = take(of_service, id, source);
-                if of_service.is_empty() {
-                    self.slices.remove(&owner);
+            ObjectId::Service(id) => {
+                let Some(slot) = self.slot(&id.namespace, &id.name) else { return false };
+                let versions = &mut self.records[slot as usize].services;
+                let Some((old, visible)) = take(versions, source) else { return false };
+                if versions.is_empty()
+                    && let Some(namespace) = self.namespaces.get_mut(&id.namespace)
+                {
+                    namespace.services -= 1;
                 }
-                changed
+                self.unindex_vips(slot, &old);
+                self.release(slot, id);
+                visible
+            }
+            ObjectId::Node(name) => {
+                let before = self.node_addresses(name);
+                let Some(versions) = self.nodes.get_mut(name) else { return false };
+                let Some((_, visible)) = take(versions, source) else { return false };
+                if versions.is_empty() {
+                    self.nodes.remove(name);
+                }
+                self.reindex_node(name, &before);
+                visible
+            }
+            ObjectId::Slice(id) => {
+                let Some((slot, at)) = self.find_slice(source, id) else { return false };
+                let record = &mut self.records[slot as usize];
+                let visible = record.source() == Some(source);
+                let old = record.slices.remove(at).value;
+                record.slices.shrink_to_fit();
+                self.by_slice.remove(slice_key(source, id), slot);
+                let half = endpoint_slot(slot, &old);
+                old.endpoints.iter().for_each(|e| self.by_endpoint.remove(index::of_address(e.address), half));
+                self.release(slot, &ServiceId { namespace: old.id.namespace, name: old.service });
+                visible
             }
         }
     }
 
-    fn sweep(&mut self, source: Source) -> bool {
+    /// Ends a list. The first complete one is a visible change even when empty: readers wait for it.
+    fn complete(&mut self, source: Source) -> bool {
         let list = self.lists.entry(source).or_default();
-        list.completed += 1;
+        let first = !std::mem::replace(&mut list.completed, true);
         let generation = list.generation;
-        let mut gone: Vec<ObjectId> =
-            stale(&self.services, source, generation).into_iter().map(ObjectId::Service).collect();
-        gone.extend(stale(&self.nodes, source, generation).into_iter().map(ObjectId::Node));
-        for of_service in self.slices.values() {
-            gone.extend(stale(of_service, source, generation).into_iter().map(ObjectId::Slice));
+        if !std::mem::take(&mut list.open) {
+            return first;
         }
-        let first = list_completed_once(&self.lists, source);
-        gone.iter().fold(first, |changed, id| self.delete(source, id) || changed)
+        fn stale<T>(entry: &Entry<T>, source: Source, generation: u32) -> bool {
+            entry.source == source && entry.generation != generation
+        }
+        let mut gone = Vec::new();
+        for record in &self.records {
+            let services = record.services.iter().filter(|e| stale(e, source, generation));
+            gone.extend(services.map(|e| ObjectId::Service(e.value.id.clone())));
+            let slices = record.slices.iter().filter(|e| stale(e, source, generation));
+            gone.extend(slices.map(|e| ObjectId::Slice(e.value.id.clone())));
+        }
+        let nodes = self.nodes.values().flatten().filter(|e| stale(e, source, generation));
+        gone.extend(nodes.map(|e| ObjectId::Node(e.value.name.clone())));
+        let changed = gone.iter().fold(first, |changed, id| self.delete(source, id) || changed);
+        drop(gone);
+        self.names.clean();
+        changed
     }
 
-    fn reindex(&mut self) {
-        self.by_vip.clear();
-        self.by_endpoint.clear();
-        self.namespaces.clear();
-        for (id, versions) in &self.services {
-            let Some(service) = versions.last().map(|e| &e.value) else { continue };
-            *self.namespaces.entry(id.namespace.clone()).or_default() += 1;
-            for vip in service.vips.iter().chain(&service.external_ips) {
-                self.by_vip.entry(*vip).or_insert_with(|| id.clone());
+    fn find_slice(&self, source: Source, id: &SliceId) -> Option<(u32, usize)> {
+        self.by_slice.slots(slice_key(source, id)).find_map(|slot| {
+            let slices = &self.records[slot as usize].slices;
+            let at = slices.binary_search_by(|e| (&e.value.id.name, e.source).cmp(&(&id.name, source))).ok()?;
+            (slices[at].value.id == *id).then_some((slot, at))
+        })
+    }
+
+    fn slot_for(&mut self, id: &ServiceId) -> u32 {
+        if let Some(slot) = self.slot(&id.namespace, &id.name) {
+            return slot;
+        }
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.records.push(Record::default());
+            u32::try_from(self.records.len() - 1).unwrap_or(u32::MAX)
+        });
+        self.namespaces.entry(id.namespace.clone()).or_default().slots.insert(id.name.clone(), slot);
+        slot
+    }
+
+    /// Frees the slot of a record that has nothing left.
+    fn release(&mut self, slot: u32, id: &ServiceId) {
+        let record = &self.records[slot as usize];
+        if !record.services.is_empty() || !record.slices.is_empty() {
+            return;
+        }
+        if let Some(namespace) = self.namespaces.get_mut(&id.namespace) {
+            namespace.slots.remove(&id.name);
+            if namespace.slots.is_empty() {
+                self.namespaces.remove(&id.namespace);
             }
         }
-        let ids: Vec<ServiceId> = self.slices.keys().cloned().collect();
-        for id in ids {
-            let addresses: Vec<_> = self.endpoints(&id).map(|(_, e)| e.address).collect();
-            for address in addresses {
-                self.by_endpoint.entry(address).or_default().insert(id.clone());
-            }
+        self.free.push(slot);
+    }
+
+    fn unindex_vips(&mut self, slot: u32, service: &Service) {
+        for address in service.vips.iter().chain(&service.external_ips) {
+            self.by_vip.remove(index::of_address(*address), slot);
         }
     }
 }
 
-/// The first complete list is a visible change even when empty: readers wait for it.
-fn list_completed_once(lists: &BTreeMap<Source, List>, source: Source) -> bool {
-    lists.get(&source).is_some_and(|l| l.completed == 1)
+fn slice_key(source: Source, id: &SliceId) -> u32 {
+    index::hash(&(source, id))
+}
+
+/// What became of a version that was put in its place; the flag says whether it is the one that is seen.
+enum Put<T> {
+    Same,
+    New(bool),
+    Replaced(T, bool),
+}
+
+impl<T> Put<T> {
+    fn is_visible(&self) -> bool {
+        match self {
+            Self::Same => false,
+            Self::New(visible) | Self::Replaced(_, visible) => *visible,
+        }
+    }
+}
+
+fn put<T: PartialEq>(versions: &mut Versions<T>, source: Source, generation: u32, value: T) -> Put<T> {
+    match versions.binary_search_by_key(&source, |e| e.source) {
+        Ok(at) => {
+            let visible = at + 1 == versions.len();
+            versions[at].generation = generation;
+            if versions[at].value == value {
+                return Put::Same;
+            }
+            Put::Replaced(std::mem::replace(&mut versions[at].value, value), visible)
+        }
+        Err(at) => {
+            insert_exact(versions, at, Entry { source, generation, value });
+            Put::New(at + 1 == versions.len())
+        }
+    }
+}
+
+fn take<T>(versions: &mut Versions<T>, source: Source) -> Option<(T, bool)> {
+    let at = versions.binary_search_by_key(&source, |e| e.source).ok()?;
+    let visible = at + 1 == versions.len();
+    let old = versions.remove(at).value;
+    versions.shrink_to_fit();
+    Some((old, visible))
+}
+
+/// `Vec::insert` makes room for four at first, which thousands of lists of one would pay for.
+fn insert_exact<T>(list: &mut Vec<T>, at: usize, value: T) {
+    list.reserve_exact(1);
+    list.insert(at, value);
 }
