@@ -1,1 +1,3 @@
 //! (to come)
+pub mod cover;
+pub mod rules;
