@@ -1,3 +1,4 @@
 //! (to come)
 pub mod cover;
+pub mod iptables;
 pub mod rules;
