@@ -55,14 +55,18 @@ impl Kind {
     }
 }
 
-/// One table as iptables-save prints it, reduced to what concerns us.
+/// One table as iptables-save prints it, reduced to what concerns us: thousands of foreign rules cost
+/// nothing, and our own only a sum.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct SavedTable {
     present: bool,
     /// Our chains, in order.
     chains: BTreeSet<String>,
-    /// Our rules and the jumps to our chains, as they are printed.
-    rules: Vec<String>,
+    /// Built-in or foreign chain, and its rule that jumps to a chain of ours.
+    jumps: Vec<(String, String)>,
+    /// How many rules our chains hold, and their sum.
+    rules: usize,
+    sum: u64,
     /// Whether there is a rule or chain of somebody else, or a policy other than ACCEPT.
     foreign: bool,
 }
@@ -72,6 +76,8 @@ struct SavedTable {
 pub struct Saved {
     nat: SavedTable,
     filter: SavedTable,
+    /// The table that the lines are of.
+    now: Option<Kind>,
 }
 
 /// The words after `-A CHAIN`.
@@ -111,51 +117,57 @@ impl SavedTable {
 
     fn rule(&mut self, line: &str) {
         match rule_of(line) {
-            Some((chain, rule)) if chain.starts_with(OURS) || jumps_to_us(rule) => self.rules.push(line.to_owned()),
+            Some((chain, _)) if chain.starts_with(OURS) => {
+                self.rules += 1;
+                self.sum = mix(self.sum, line);
+            }
+            Some((chain, rule)) if jumps_to_us(rule) => self.jumps.push((chain.to_owned(), rule.to_owned())),
             Some(_) | None => self.foreign = true,
         }
     }
 
-    /// The jumps from chains that are not ours.
-    fn jumps(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.rules.iter().filter_map(|line| rule_of(line)).filter(|(chain, _)| !chain.starts_with(OURS))
-    }
-
     fn ours(&self) -> bool {
-        !self.chains.is_empty() || !self.rules.is_empty()
+        !self.chains.is_empty() || !self.jumps.is_empty()
     }
+}
+
+/// FNV-1a over lines: tells a change from none, and is no defence against an author of rules.
+fn mix(sum: u64, line: &str) -> u64 {
+    line.bytes()
+        .chain([b'\n'])
+        .fold(sum ^ 0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 impl Saved {
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let mut saved = Self::default();
-        let mut now: Option<&mut SavedTable> = None;
-        for line in text.lines().map(str::trim_end) {
-            if let Some(name) = line.strip_prefix('*') {
-                now = match name {
-                    "nat" => Some(&mut saved.nat),
-                    "filter" => Some(&mut saved.filter),
-                    _ => None,
-                };
-                if let Some(table) = &mut now {
-                    table.present = true;
-                }
-                continue;
-            }
-            let Some(table) = &mut now else { continue };
-            match line.as_bytes().first() {
-                Some(b':') => table.chain(&line[1..]),
-                Some(b'-') => table.rule(line),
-                Some(_) | None => {}
-            }
-        }
-        // iptables-nft says so where a table holds what only nft can read.
-        if text.lines().any(|l| l.starts_with('#') && l.contains("incompatible")) {
-            saved.nat.foreign = true;
-            saved.filter.foreign = true;
-        }
+        text.lines().for_each(|line| saved.line(line));
         saved
+    }
+
+    /// Takes the next line of the output.
+    pub fn line(&mut self, line: &str) {
+        let line = line.trim_end();
+        // iptables-nft says so where a table holds what only nft can read.
+        if line.starts_with('#') && line.contains("incompatible") {
+            self.nat.foreign = true;
+            self.filter.foreign = true;
+        }
+        if let Some(name) = line.strip_prefix('*') {
+            self.now = Kind::ALL.into_iter().find(|kind| kind.name() == name);
+        }
+        let table = match self.now {
+            Some(Kind::Nat) => &mut self.nat,
+            Some(Kind::Filter) => &mut self.filter,
+            None => return,
+        };
+        match line.as_bytes().first() {
+            Some(b'*') => table.present = true,
+            Some(b':') => table.chain(&line[1..]),
+            Some(b'-') => table.rule(line),
+            Some(_) | None => {}
+        }
     }
 
     fn table(&self, kind: Kind) -> &SavedTable {
@@ -171,22 +183,20 @@ impl Saved {
         Kind::ALL.iter().any(|k| self.table(*k).ours())
     }
 
-    /// One line for each chain and rule of ours: two of them are equal where nobody has touched ours.
+    /// A sum over each chain, jump and rule of ours: it stays the same where nobody has touched ours.
     #[must_use]
-    pub fn fingerprint(&self) -> Vec<String> {
-        Kind::ALL
-            .iter()
-            .flat_map(|k| {
-                self.table(*k).chains.iter().chain(&self.table(*k).rules).map(|l| format!("{} {l}", k.name()))
-            })
-            .collect()
+    pub fn digest(&self) -> u64 {
+        Kind::ALL.iter().map(|k| self.table(*k)).fold(0, |sum, table| {
+            let sum = table.chains.iter().fold(mix(sum, &table.sum.to_string()), |sum, chain| mix(sum, chain));
+            table.jumps.iter().fold(sum, |sum, (chain, rule)| mix(mix(sum, chain), rule))
+        })
     }
 
     /// How many chains and rules of ours are there.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
         let sum = |f: fn(&SavedTable) -> usize| Kind::ALL.iter().map(|k| f(self.table(*k))).sum();
-        (sum(|t| t.chains.len()), sum(|t| t.rules.len()))
+        (sum(|t| t.chains.len()), sum(|t| t.rules + t.jumps.len()))
     }
 }
 
@@ -281,9 +291,9 @@ pub fn apply(desired: &Desired, saved: &Saved) -> String {
 /// Each of our jumps once, at the head; one that is there stays where it is. Of several all are taken
 /// out, because a delete takes the first, which is the one that matters.
 fn jumps(out: &mut String, kind: Kind, there: &SavedTable) {
-    let found: Vec<_> = there.jumps().collect();
-    let in_place = |jump: &(&str, &str)| found.iter().filter(|f| *f == jump).count() == 1;
-    for (chain, rule) in &found {
+    let in_place =
+        |jump: &(&str, &str)| there.jumps.iter().filter(|(chain, rule)| (&**chain, &**rule) == *jump).count() == 1;
+    for (chain, rule) in &there.jumps {
         if !kind.jumps().contains(&(chain, rule)) || !in_place(&(chain, rule)) {
             let _ = writeln!(out, "-D {chain} {rule}");
         }
@@ -310,7 +320,7 @@ pub fn undo(saved: &Saved) -> Option<String> {
         let there = saved.table(kind);
         if there.ours() {
             let _ = writeln!(out, "*{}", kind.name());
-            for (chain, rule) in there.jumps() {
+            for (chain, rule) in &there.jumps {
                 let _ = writeln!(out, "-D {chain} {rule}");
             }
             remove_chains(&mut out, there.chains.iter());

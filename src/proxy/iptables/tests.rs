@@ -185,7 +185,7 @@ fn what_a_flush_or_an_older_version_left_is_put_right() {
     let mut kernel = Kernel::load(FOREIGN);
     kernel.restore(&apply(&desired(2), &kernel.saved())).unwrap();
     let whole = kernel.clone();
-    let fingerprint = kernel.saved().fingerprint();
+    let digest = kernel.saved().digest();
     let damages = [
         "*nat\n-F PREROUTING\nCOMMIT\n",
         "*nat\n-F WEFT-SVC\nCOMMIT\n",
@@ -195,9 +195,9 @@ fn what_a_flush_or_an_older_version_left_is_put_right() {
     ];
     for damage in damages {
         kernel.restore(damage).unwrap();
-        assert_ne!(kernel.saved().fingerprint(), fingerprint, "{damage}");
+        assert_ne!(kernel.saved().digest(), digest, "{damage}");
         kernel.restore(&apply(&desired(2), &kernel.saved())).unwrap();
-        assert_eq!(kernel.saved().fingerprint(), fingerprint, "{damage}");
+        assert_eq!(kernel.saved().digest(), digest, "{damage}");
     }
     kernel.restore("*nat\n-A PREROUTING -j KUBE-SERVICES\nCOMMIT\n").unwrap();
     assert_eq!(kernel, whole);
