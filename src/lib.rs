@@ -25,6 +25,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod dns;
+pub mod exec;
 pub mod kube;
 pub mod log;
 pub mod metrics;

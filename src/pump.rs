@@ -1,1 +1,595 @@
-//! (to come)
+//! Two-way copy with half-close: splice(2) between two sockets, peek and write between a socket and a
+//! tunnel stream. An idle connection owns neither buffer nor pipe.
+
+use crate::{metrics::add, sys};
+use futures_lite::{
+    future::{poll_fn, try_zip, yield_now},
+    io::{AsyncRead, AsyncWrite},
+};
+use smol::Async;
+use std::{
+    cell::{Cell, RefCell},
+    io::{self, ErrorKind, Read, Write},
+    net::{Shutdown, TcpStream},
+    os::fd::OwnedFd,
+    pin::Pin,
+    task::{Poll, ready},
+    time::Duration,
+};
+
+/// Bytes that one read or splice asks for: what a pipe holds (pipe(7): 16 pages).
+const CHUNK: usize = 64 * 1024;
+
+/// Bytes that one direction moves before it lets the others run.
+const BUDGET: usize = 256 * 1024;
+
+/// Pipes in use at one time. A reader that stalls keeps its pipe; when all are taken the others copy.
+/// Two descriptors and at most 64 KiB of kernel memory each.
+const PIPES: usize = 64;
+
+/// Pipes kept open for the next who needs one.
+const PIPES_IDLE: usize = 8;
+
+/// What a direction without a pipe, or one that comes out of the tunnel, takes at a time: the most that
+/// one connection holds while its reader stalls.
+const HELD: usize = 8 * 1024;
+
+/// Below the 2 h after which many firewalls forget an established connection (RFC 5382, REQ-5), and far
+/// above what a battery would notice.
+const KEEPALIVE: Duration = Duration::from_secs(120);
+/// With four probes a dead peer is found within four minutes.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(30);
+const KEEPALIVE_PROBES: u8 = 4;
+
+/// Sets what each relayed connection needs; on a listener the accepted ones inherit it.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
+    sys::nodelay(socket)?;
+    sys::keepalive(socket, KEEPALIVE, KEEPALIVE_EVERY, KEEPALIVE_PROBES)
+}
+
+#[derive(Debug)]
+struct Pipe {
+    out: OwnedFd,
+    into: OwnedFd,
+}
+
+/// What all connections share: one scratch buffer, never borrowed across a wait, and a few pipes.
+#[derive(Debug)]
+pub struct Pool {
+    scratch: RefCell<Box<[u8]>>,
+    idle: RefCell<Vec<Pipe>>,
+    taken: Cell<usize>,
+    most: usize,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self::with_pipes(PIPES)
+    }
+}
+
+impl Pool {
+    /// A pool of at most `most` pipes.
+    #[must_use]
+    pub fn with_pipes(most: usize) -> Self {
+        let scratch = RefCell::new(vec![0; CHUNK].into_boxed_slice());
+        Self { scratch, idle: RefCell::default(), taken: Cell::new(0), most }
+    }
+
+    /// Lends the scratch buffer; `f` cannot wait, so two never hold it.
+    pub fn scratch<R>(&self, f: impl FnOnce(&mut [u8]) -> R) -> R {
+        f(&mut self.scratch.borrow_mut())
+    }
+
+    /// None: all are taken, or the process has no descriptors left. The caller copies instead.
+    fn take(&self) -> Option<Loan<'_>> {
+        if self.taken.get() >= self.most {
+            return None;
+        }
+        let pipe = self.idle.borrow_mut().pop().or_else(|| sys::pipe().ok().map(|(out, into)| Pipe { out, into }))?;
+        self.taken.set(self.taken.get() + 1);
+        Some(Loan { pool: self, pipe: Some(pipe) })
+    }
+}
+
+/// A pipe on loan. Dropped with bytes in it, it is closed: [`Loan::give_back`] is for an empty one.
+struct Loan<'p> {
+    pool: &'p Pool,
+    pipe: Option<Pipe>,
+}
+
+impl Loan<'_> {
+    fn give_back(mut self) {
+        let mut idle = self.pool.idle.borrow_mut();
+        if idle.len() < PIPES_IDLE {
+            idle.extend(self.pipe.take());
+        }
+    }
+}
+
+impl Drop for Loan<'_> {
+    fn drop(&mut self) {
+        self.pool.taken.set(self.pool.taken.get() - 1);
+    }
+}
+
+/// How one burst ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Burst {
+    /// The source has nothing more for now.
+    Dry,
+    /// The budget is used up.
+    Spent,
+    /// The source has closed its direction.
+    End,
+}
+
+fn would_block(e: &io::Error) -> bool {
+    e.kind() == ErrorKind::WouldBlock
+}
+
+/// Closes our direction; a peer that is gone already is no error here, the other direction will tell.
+fn finish(to: &TcpStream) -> io::Result<()> {
+    match to.shutdown(Shutdown::Write) {
+        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(()),
+        done => done,
+    }
+}
+
+/// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`.
+///
+/// # Errors
+/// When one of them fails: then both are reset, so that neither takes a cut answer for a whole one.
+pub async fn sockets(
+    pool: &Pool,
+    a: Async<TcpStream>,
+    b: Async<TcpStream>,
+    up: &Cell<u64>,
+    down: &Cell<u64>,
+) -> io::Result<()> {
+    let result = try_zip(one_way(pool, &a, &b, up), one_way(pool, &b, &a, down)).await;
+    if result.is_err() {
+        let _ = sys::reset_on_close(&a);
+        let _ = sys::reset_on_close(&b);
+    }
+    result.map(drop)
+}
+
+async fn one_way(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<()> {
+    loop {
+        let burst = match pool.take() {
+            Some(loan) => spliced(loan, from, to, count).await?,
+            None => copied(pool, from, to, count).await?,
+        };
+        match burst {
+            Burst::Dry => from.readable().await?,
+            Burst::Spent => yield_now().await,
+            Burst::End => return finish(to.get_ref()),
+        }
+    }
+}
+
+async fn spliced(
+    loan: Loan<'_>,
+    from: &Async<TcpStream>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+) -> io::Result<Burst> {
+    let Some(pipe) = &loan.pipe else { return Ok(Burst::Spent) };
+    let mut moved = 0;
+    let burst = loop {
+        let mut full = match sys::splice(from, &pipe.into, CHUNK) {
+            Ok(0) => break Burst::End,
+            Ok(n) => n,
+            Err(e) if would_block(&e) => break Burst::Dry,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        moved += full;
+        while full > 0 {
+            match sys::splice(&pipe.out, to, full) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    full -= n;
+                    add(count, n as u64);
+                }
+                Err(e) if would_block(&e) => to.writable().await?,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if moved >= BUDGET {
+            break Burst::Spent;
+        }
+    };
+    loan.give_back();
+    Ok(burst)
+}
+
+/// One read into the scratch buffer and its write; only what would not write is kept.
+async fn copied(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<Burst> {
+    let rest = pool.scratch(|scratch| {
+        let n = from.get_ref().read(&mut scratch[..HELD])?;
+        write_now(to.get_ref(), &scratch[..n], count).map(|rest| (n, rest.to_vec()))
+    });
+    match rest {
+        Ok((0, _)) => Ok(Burst::End),
+        Ok((_, rest)) => write_rest(to, &rest, count).await.map(|()| Burst::Spent),
+        Err(e) if would_block(&e) => Ok(Burst::Dry),
+        Err(e) if e.kind() == ErrorKind::Interrupted => Ok(Burst::Spent),
+        Err(e) => Err(e),
+    }
+}
+
+/// Writes what can be written at once; returns the rest.
+fn write_now<'b>(mut to: &TcpStream, mut bytes: &'b [u8], count: &Cell<u64>) -> io::Result<&'b [u8]> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                bytes = &bytes[n..];
+                add(count, n as u64);
+            }
+            Err(e) if would_block(&e) => break,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(bytes)
+}
+
+async fn write_rest(to: &Async<TcpStream>, mut bytes: &[u8], count: &Cell<u64>) -> io::Result<()> {
+    while !bytes.is_empty() {
+        to.writable().await?;
+        bytes = write_now(to.get_ref(), bytes, count)?;
+    }
+    Ok(())
+}
+
+/// Relays between a socket and a stream until both directions have ended. `up` counts the bytes from the
+/// socket to the stream.
+///
+/// # Errors
+/// When one of them fails: the socket is reset, and the stream is dropped, which resets it.
+pub async fn stream<S: AsyncRead + AsyncWrite + Unpin>(
+    pool: &Pool,
+    socket: Async<TcpStream>,
+    stream: S,
+    up: &Cell<u64>,
+    down: &Cell<u64>,
+) -> io::Result<()> {
+    let stream = RefCell::new(stream);
+    let result = try_zip(into_stream(pool, &socket, &stream, up), out_of_stream(pool, &stream, &socket, down)).await;
+    if result.is_err() {
+        let _ = sys::reset_on_close(&socket);
+    }
+    result.map(drop)
+}
+
+/// Writes to a stream what waits in a socket and takes from the socket what was written: nothing is held
+/// here, and the socket's window is the back-pressure.
+async fn into_stream<S: AsyncWrite + Unpin>(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &RefCell<S>,
+    count: &Cell<u64>,
+) -> io::Result<()> {
+    let mut moved = 0;
+    loop {
+        let step = poll_fn(|cx| {
+            pool.scratch(|scratch| {
+                let waiting = match from.get_ref().peek(scratch) {
+                    Ok(0) => return Poll::Ready(Ok(Burst::End)),
+                    Ok(n) => &scratch[..n],
+                    Err(e) if would_block(&e) => return Poll::Ready(Ok(Burst::Dry)),
+                    Err(e) if e.kind() == ErrorKind::Interrupted => return Poll::Ready(Ok(Burst::Spent)),
+                    Err(e) => return Poll::Ready(Err(e)),
+                };
+                let written = ready!(Pin::new(&mut *to.borrow_mut()).poll_write(cx, waiting))?;
+                if written == 0 {
+                    return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+                }
+                take(from.get_ref(), written)?;
+                add(count, written as u64);
+                moved += written;
+                Poll::Ready(Ok(Burst::Spent))
+            })
+        })
+        .await?;
+        match step {
+            Burst::Dry => {
+                poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_flush(cx)).await?;
+                from.readable().await?;
+            }
+            Burst::Spent if moved >= BUDGET => {
+                moved = 0;
+                yield_now().await;
+            }
+            Burst::Spent => {}
+            Burst::End => return poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_close(cx)).await,
+        }
+    }
+}
+
+/// Removes bytes that were peeked at, and so are there.
+///
+/// # Errors
+/// When the connection fails; `UnexpectedEof` where the bytes are not there.
+pub fn take(from: &TcpStream, mut len: usize) -> io::Result<()> {
+    while len > 0 {
+        match sys::discard(from, len) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(n) => len -= n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+async fn out_of_stream<S: AsyncRead + Unpin>(
+    pool: &Pool,
+    from: &RefCell<S>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+) -> io::Result<()> {
+    let mut moved = 0;
+    loop {
+        let (n, rest) = poll_fn(|cx| {
+            pool.scratch(|scratch| {
+                let n = ready!(Pin::new(&mut *from.borrow_mut()).poll_read(cx, &mut scratch[..HELD]))?;
+                let rest = write_now(to.get_ref(), &scratch[..n], count)?;
+                Poll::Ready(io::Result::Ok((n, rest.to_vec())))
+            })
+        })
+        .await?;
+        if n == 0 {
+            return finish(to.get_ref());
+        }
+        write_rest(to, &rest, count).await?;
+        moved += n;
+        if moved >= BUDGET {
+            moved = 0;
+            yield_now().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::{AsyncReadExt, AsyncWriteExt};
+    use smol::LocalExecutor;
+    use std::{collections::VecDeque, net::TcpListener, rc::Rc, task::Waker};
+
+    const BIG: usize = 200_000;
+
+    /// One direction of an in-memory stream with a small window.
+    #[derive(Default)]
+    struct Lane {
+        bytes: VecDeque<u8>,
+        most: usize,
+        end: bool,
+        cut: bool,
+        wakers: Vec<Waker>,
+    }
+
+    /// One end of an in-memory stream; dropped before it was closed, it resets the other.
+    struct Memory {
+        reads: Rc<RefCell<Lane>>,
+        writes: Rc<RefCell<Lane>>,
+    }
+
+    const WINDOW: usize = 5_000;
+
+    fn memory() -> (Memory, Memory) {
+        let lane = || Rc::new(RefCell::new(Lane { most: WINDOW, ..Lane::default() }));
+        let (a, b) = (lane(), lane());
+        (Memory { reads: a.clone(), writes: b.clone() }, Memory { reads: b, writes: a })
+    }
+
+    fn wake(lane: &mut Lane) {
+        lane.wakers.drain(..).for_each(Waker::wake);
+    }
+
+    impl AsyncRead for Memory {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            cx: &mut std::task::Context<'_>,
+            buffer: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            let mut lane = self.reads.borrow_mut();
+            if lane.cut {
+                return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
+            }
+            if lane.bytes.is_empty() && !lane.end {
+                lane.wakers.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            let n = lane.bytes.read(buffer)?;
+            wake(&mut lane);
+            Poll::Ready(Ok(n))
+        }
+    }
+
+    impl AsyncWrite for Memory {
+        fn poll_write(self: Pin<&mut Self>, cx: &mut std::task::Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            let mut lane = self.writes.borrow_mut();
+            if lane.cut {
+                return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
+            }
+            let room = (lane.most - lane.bytes.len()).min(bytes.len());
+            if room == 0 {
+                lane.wakers.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            lane.bytes.extend(&bytes[..room]);
+            wake(&mut lane);
+            Poll::Ready(Ok(room))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+            let mut lane = self.writes.borrow_mut();
+            lane.end = true;
+            wake(&mut lane);
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            for lane in [&self.reads, &self.writes] {
+                let mut lane = lane.borrow_mut();
+                lane.cut = lane.cut || !lane.end;
+                wake(&mut lane);
+            }
+        }
+    }
+
+    fn pair() -> (Async<TcpStream>, Async<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (Async::new(client).unwrap(), Async::new(listener.accept().unwrap().0).unwrap())
+    }
+
+    fn noise(seed: u64) -> Vec<u8> {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        (0..BIG).map(|_| rng.u8(..)).collect()
+    }
+
+    /// A client that sends and shuts down, a server that reads to the end and only then answers.
+    async fn ask(mut client: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> Vec<u8> {
+        client.write_all(bytes).await.unwrap();
+        client.close().await.unwrap();
+        let mut back = Vec::new();
+        client.read_to_end(&mut back).await.unwrap();
+        back
+    }
+
+    async fn answer(mut server: impl AsyncRead + AsyncWrite + Unpin) {
+        let mut got = Vec::new();
+        server.read_to_end(&mut got).await.unwrap();
+        got.reverse();
+        server.write_all(&got).await.unwrap();
+        server.close().await.unwrap();
+    }
+
+    fn whole_between_sockets(pipes: usize) {
+        let ex = LocalExecutor::new();
+        smol::block_on(ex.run(async {
+            let pool = Rc::new(Pool::with_pipes(pipes));
+            let counts = Rc::new((Cell::new(0), Cell::new(0)));
+            let ((client, a), (b, server)) = (pair(), pair());
+            let relay = ex.spawn({
+                let (pool, counts) = (pool.clone(), counts.clone());
+                async move { sockets(&pool, a, b, &counts.0, &counts.1).await }
+            });
+            let served = ex.spawn(answer(smol::net::TcpStream::from(server)));
+            let sent = noise(1);
+            let mut back = ask(smol::net::TcpStream::from(client), &sent).await;
+            back.reverse();
+            assert!(back == sent);
+            served.await;
+            relay.await.unwrap();
+            assert_eq!((counts.0.get(), counts.1.get()), (BIG as u64, BIG as u64));
+            assert_eq!(pool.taken.get(), 0);
+        }));
+    }
+
+    #[test]
+    fn half_close_comes_through_whole_with_and_without_a_pipe() {
+        whole_between_sockets(4);
+        whole_between_sockets(0);
+    }
+
+    #[test]
+    fn half_close_comes_through_a_stream_with_a_small_window() {
+        let ex = LocalExecutor::new();
+        smol::block_on(ex.run(async {
+            let pool = Rc::new(Pool::default());
+            let ((client, a), (near, far)) = (pair(), memory());
+            let ((b, server), other) = (pair(), pool.clone());
+            let up = ex.spawn(async move { stream(&pool, a, near, &Cell::new(0), &Cell::new(0)).await });
+            let down = ex.spawn(async move { stream(&other, b, far, &Cell::new(0), &Cell::new(0)).await });
+            let served = ex.spawn(answer(smol::net::TcpStream::from(server)));
+            let sent = noise(2);
+            let mut back = ask(smol::net::TcpStream::from(client), &sent).await;
+            back.reverse();
+            assert!(back == sent);
+            served.await;
+            up.await.unwrap();
+            down.await.unwrap();
+        }));
+    }
+
+    #[test]
+    fn a_reset_goes_through_in_both_directions() {
+        let ex = LocalExecutor::new();
+        smol::block_on(ex.run(async {
+            let pool = Rc::new(Pool::default());
+            let ((mut client, a), (b, server)) = (pair(), pair());
+            let other = pool.clone();
+            let relay = ex.spawn(async move { sockets(&other, a, b, &Cell::new(0), &Cell::new(0)).await });
+            client.write_all(b"x").await.unwrap();
+            sys::reset_on_close(&server).unwrap();
+            drop(server);
+            assert_eq!(client.read(&mut [0; 9]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+            relay.await.unwrap_err();
+
+            let ((client, a), (near, mut far)) = (pair(), memory());
+            let relay = ex.spawn(async move { stream(&pool, a, near, &Cell::new(0), &Cell::new(0)).await });
+            sys::reset_on_close(&client).unwrap();
+            drop(client);
+            assert_eq!(far.read(&mut [0; 9]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+            relay.await.unwrap_err();
+        }));
+    }
+
+    #[test]
+    fn what_a_stalled_stream_does_not_take_stays_in_the_socket() {
+        let ex = LocalExecutor::new();
+        smol::block_on(ex.run(async {
+            let pool = Rc::new(Pool::default());
+            let ((mut client, a), (near, mut far)) = (pair(), memory());
+            let taken = Rc::new(Cell::new(0));
+            let count = taken.clone();
+            let relay = ex.spawn(async move { stream(&pool, a, near, &count, &Cell::new(0)).await });
+            client.write_all(&noise(3)[..60_000]).await.unwrap();
+            while taken.get() < WINDOW as u64 {
+                yield_now().await;
+            }
+            for _ in 0..1_000 {
+                yield_now().await;
+            }
+            assert_eq!(taken.get(), WINDOW as u64);
+            let mut first = vec![0; 60_000];
+            far.read_exact(&mut first).await.unwrap();
+            assert!(first == noise(3)[..60_000]);
+            drop(relay);
+        }));
+    }
+
+    #[test]
+    fn an_idle_connection_owns_no_pipe() {
+        let ex = LocalExecutor::new();
+        smol::block_on(ex.run(async {
+            let pool = Rc::new(Pool::default());
+            let ((mut client, a), (b, mut server)) = (pair(), pair());
+            let other = pool.clone();
+            let _relay = ex.spawn(async move { sockets(&other, a, b, &Cell::new(0), &Cell::new(0)).await });
+            client.write_all(b"ping").await.unwrap();
+            server.read_exact(&mut [0; 4]).await.unwrap();
+            while pool.taken.get() > 0 {
+                yield_now().await;
+            }
+            assert_eq!(pool.idle.borrow().len(), 1);
+        }));
+    }
+}

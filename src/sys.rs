@@ -1,26 +1,384 @@
-//! What std, smol and quinn-udp have no safe call for: the only file with `unsafe`.
+//! The only unsafe file: the system calls that neither std nor the event loop offers.
 #![allow(unsafe_code)]
 
 use std::{
-    io,
-    os::fd::{AsFd, AsRawFd},
+    io, mem,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    ptr,
+    time::Duration,
 };
 
-/// Sets a socket's packet mark (`SO_MARK`).
+use libc::{c_int, c_void, socklen_t};
+
+/// `IP6T_SO_ORIGINAL_DST`, linux/netfilter_ipv6/ip6_tables.h.
+const IP6T_SO_ORIGINAL_DST: c_int = 80;
+
+/// Connections that the kernel keeps for us until they are accepted; it lowers this to net.core.somaxconn.
+const BACKLOG: c_int = 1024;
+
+/// File descriptors that we ask for at most: two sockets for each of half a million connections.
+const NOFILE_MOST: libc::rlim_t = 1 << 20;
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn check_size(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// The length of a value, which for the types of this file is below 2^31.
+fn length<T>() -> socklen_t {
+    mem::size_of::<T>() as socklen_t
+}
+
+fn set_option<T: Copy>(fd: &impl AsFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
+    // SAFETY: the pointer and the length are those of `value`, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(fd.as_fd().as_raw_fd(), level, name, (&raw const value).cast::<c_void>(), length::<T>())
+    };
+    check(result).map(drop)
+}
+
+/// A raw socket address that may be all zeros: `sockaddr_in` or `sockaddr_in6`.
+trait Address: Copy {}
+impl Address for libc::sockaddr_in {}
+impl Address for libc::sockaddr_in6 {}
+
+fn get_address<T: Address>(fd: &impl AsFd, level: c_int, name: c_int) -> io::Result<T> {
+    // SAFETY: all zeros is a valid value of both implementors.
+    let mut value: T = unsafe { mem::zeroed() };
+    let mut len = length::<T>();
+    // SAFETY: the kernel writes at most `len` bytes into `value`.
+    let result = unsafe {
+        libc::getsockopt(fd.as_fd().as_raw_fd(), level, name, (&raw mut value).cast::<c_void>(), &raw mut len)
+    };
+    check(result)?;
+    if len < length::<T>() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(value)
+}
+
+/// Where a connection was going before netfilter sent it to us.
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`.
+/// `NotFound` where the kernel does not track the connection.
+pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
+    Ok(match stream.local_addr()? {
+        SocketAddr::V4(_) => {
+            let raw: libc::sockaddr_in = get_address(stream, libc::SOL_IP, libc::SO_ORIGINAL_DST)?;
+            let ip = Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr));
+            SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(raw.sin_port)))
+        }
+        SocketAddr::V6(_) => {
+            let raw: libc::sockaddr_in6 = get_address(stream, libc::SOL_IPV6, IP6T_SO_ORIGINAL_DST)?;
+            let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
+            SocketAddr::V6(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, 0))
+        }
+    })
+}
+
+/// Sets the packet mark of a socket.
+///
+/// # Errors
+/// `PermissionDenied` without CAP_NET_ADMIN.
 pub fn set_mark(fd: &impl AsFd, mark: u32) -> io::Result<()> {
-    let fd = fd.as_fd().as_raw_fd();
-    // SAFETY: the descriptor is open for the whole call, and the pointer and length are those of a live u32.
-    let done = unsafe {
-        libc::setsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_MARK,
-            (&raw const mark).cast(),
-            size_of::<u32>() as libc::socklen_t,
-        )
+    set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark)
+}
+
+/// Makes the close of a socket a reset (RFC 9293, 3.9.1: ABORT) instead of a FIN.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn reset_on_close(fd: &impl AsFd) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_LINGER, libc::linger { l_onoff: 1, l_linger: 0 })
+}
+
+/// Has the kernel probe a silent peer after `idle`, then each `every`, and give up after `count` probes.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn keepalive(fd: &impl AsFd, idle: Duration, every: Duration, count: u8) -> io::Result<()> {
+    let secs = |d: Duration| c_int::try_from(d.as_secs()).unwrap_or(c_int::MAX);
+    set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, secs(idle))?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, secs(every))?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, c_int::from(count))
+}
+
+/// Sets TCP_NODELAY; on a listener its accepted sockets inherit it.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn nodelay(fd: &impl AsFd) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)
+}
+
+fn socket(domain: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn domain(address: &SocketAddr) -> c_int {
+    match address {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    }
+}
+
+/// Calls `f` with the raw form of an address.
+fn with_raw(address: &SocketAddr, f: impl FnOnce(*const libc::sockaddr, socklen_t) -> c_int) -> io::Result<()> {
+    let result = match address {
+        SocketAddr::V4(v4) => {
+            // SAFETY: all zeros is a valid sockaddr_in.
+            let mut raw: libc::sockaddr_in = unsafe { mem::zeroed() };
+            raw.sin_family = libc::AF_INET as libc::sa_family_t;
+            raw.sin_port = v4.port().to_be();
+            raw.sin_addr.s_addr = u32::from(*v4.ip()).to_be();
+            f((&raw const raw).cast(), length::<libc::sockaddr_in>())
+        }
+        SocketAddr::V6(v6) => {
+            // SAFETY: all zeros is a valid sockaddr_in6.
+            let mut raw: libc::sockaddr_in6 = unsafe { mem::zeroed() };
+            raw.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+            raw.sin6_port = v6.port().to_be();
+            raw.sin6_addr.s6_addr = v6.ip().octets();
+            raw.sin6_scope_id = v6.scope_id();
+            f((&raw const raw).cast(), length::<libc::sockaddr_in6>())
+        }
     };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    check(result).map(drop)
+}
+
+/// Binds to an address that need not exist yet, so that our ports are known before weft0 is made.
+fn bind_early(kind: c_int, address: &SocketAddr) -> io::Result<OwnedFd> {
+    let fd = socket(domain(address), kind | libc::SOCK_NONBLOCK, 0)?;
+    match address {
+        SocketAddr::V4(_) => set_option(&fd, libc::SOL_IP, libc::IP_FREEBIND, 1 as c_int)?,
+        SocketAddr::V6(_) => set_option(&fd, libc::SOL_IPV6, libc::IPV6_FREEBIND, 1 as c_int)?,
+    }
+    // SAFETY: `with_raw` gives a pointer and length that are valid during the call.
+    with_raw(address, |raw, len| unsafe { libc::bind(fd.as_raw_fd(), raw, len) })?;
+    Ok(fd)
+}
+
+/// A non-blocking listener on an address that need not exist yet.
+///
+/// # Errors
+/// As bind(2) and listen(2).
+pub fn tcp_listener(address: &SocketAddr) -> io::Result<TcpListener> {
+    let fd = bind_early(libc::SOCK_STREAM, address)?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::listen(fd.as_raw_fd(), BACKLOG) })?;
+    Ok(fd.into())
+}
+
+/// A non-blocking UDP socket on an address that need not exist yet.
+///
+/// # Errors
+/// As bind(2).
+pub fn udp_socket(address: &SocketAddr) -> io::Result<UdpSocket> {
+    bind_early(libc::SOCK_DGRAM, address).map(Into::into)
+}
+
+/// A non-blocking TCP socket that is not connected yet, of the family of `to`.
+///
+/// # Errors
+/// As socket(2): too many open files, above all.
+pub fn tcp_socket(to: &SocketAddr) -> io::Result<TcpStream> {
+    socket(domain(to), libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).map(Into::into)
+}
+
+/// Starts to connect; the socket is writable when that has succeeded or failed.
+///
+/// # Errors
+/// As connect(2), where it fails at once.
+pub fn connect(stream: &TcpStream, to: &SocketAddr) -> io::Result<()> {
+    // SAFETY: `with_raw` gives a pointer and length that are valid during the call.
+    match with_raw(to, |raw, len| unsafe { libc::connect(stream.as_raw_fd(), raw, len) }) {
+        Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        done => done,
+    }
+}
+
+/// Removes up to `len` bytes that are waiting in a TCP socket without copying them (tcp(7): MSG_TRUNC).
+///
+/// # Errors
+/// As recv(2).
+pub fn discard(stream: &TcpStream, len: usize) -> io::Result<usize> {
+    let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
+    // SAFETY: with MSG_TRUNC a TCP socket writes nothing to the buffer.
+    check_size(unsafe { libc::recv(stream.as_raw_fd(), ptr::null_mut(), len, flags) })
+}
+
+/// A non-blocking pipe: reading end, writing end.
+///
+/// # Errors
+/// As pipe2(2).
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends: [c_int; 2] = [-1; 2];
+    // SAFETY: the kernel writes two descriptors.
+    check(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    // SAFETY: both are new and nobody else's.
+    Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
+}
+
+/// Moves up to `len` bytes between a pipe and a socket, without waiting; 0 is the end of the source.
+/// A socket whose reader is gone raises SIGPIPE: the process must ignore it, as Rust's does by itself.
+///
+/// # Errors
+/// As splice(2).
+pub fn splice(from: &impl AsFd, to: &impl AsFd, len: usize) -> io::Result<usize> {
+    let flags = libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MOVE;
+    let (from, to) = (from.as_fd().as_raw_fd(), to.as_fd().as_raw_fd());
+    // SAFETY: null offsets, as pipes and sockets need.
+    check_size(unsafe { libc::splice(from, ptr::null_mut(), to, ptr::null_mut(), len, flags) })
+}
+
+/// The kernel's netlink families that we speak to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Route,
+    Netfilter,
+}
+
+/// A netlink socket. `groups` is the bit mask of the multicast groups to hear; a call waits at most `patience`.
+///
+/// # Errors
+/// As socket(2) and bind(2).
+pub fn netlink(family: Family, groups: u32, patience: Duration) -> io::Result<OwnedFd> {
+    let protocol = match family {
+        Family::Route => libc::NETLINK_ROUTE,
+        Family::Netfilter => libc::NETLINK_NETFILTER,
+    };
+    let fd = socket(libc::AF_NETLINK, libc::SOCK_RAW, protocol)?;
+    // SAFETY: all zeros is a valid timeval; the fields' widths differ between platforms.
+    let mut wait: libc::timeval = unsafe { mem::zeroed() };
+    wait.tv_sec = libc::time_t::try_from(patience.as_secs()).unwrap_or(libc::time_t::MAX);
+    set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, wait)?;
+    // SAFETY: all zeros is a valid sockaddr_nl.
+    let mut address: libc::sockaddr_nl = unsafe { mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = groups;
+    // SAFETY: pointer and length are those of `address`.
+    let result = unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length::<libc::sockaddr_nl>()) };
+    check(result)?;
+    Ok(fd)
+}
+
+/// Sends one datagram.
+///
+/// # Errors
+/// As send(2).
+pub fn send(fd: &impl AsFd, bytes: &[u8]) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: pointer and length are those of `bytes`.
+    let sent = check_size(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) })?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives one datagram.
+///
+/// # Errors
+/// As recv(2); `InvalidData` where the datagram is larger than the buffer.
+pub fn receive<'b>(fd: &impl AsFd, buffer: &'b mut [u8], wait: bool) -> io::Result<&'b [u8]> {
+    let flags = libc::MSG_TRUNC | if wait { 0 } else { libc::MSG_DONTWAIT };
+    // SAFETY: the kernel writes at most the buffer's length.
+    let result = unsafe { libc::recv(fd.as_fd().as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) };
+    buffer.get(..check_size(result)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Raises the limit of open files as far as we may, and returns it.
+///
+/// # Errors
+/// As getrlimit(2) and setrlimit(2).
+pub fn raise_nofile() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills `limit`.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let most = limit.rlim_max.min(NOFILE_MOST);
+    if limit.rlim_cur < most {
+        limit.rlim_cur = most;
+        // SAFETY: the kernel reads `limit`.
+        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    }
+    Ok(limit.rlim_cur)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn peeked_bytes_are_discarded_and_no_more() {
+        let (mut client, mut server) = pair();
+        client.write_all(b"0123456789").unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(server.peek(&mut buffer).unwrap(), 4);
+        assert_eq!(discard(&server, 4).unwrap(), 4);
+        drop(client);
+        let mut rest = String::new();
+        server.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "456789");
+    }
+
+    #[test]
+    fn a_reset_is_seen_as_one() {
+        let (client, mut server) = pair();
+        reset_on_close(&client).unwrap();
+        drop(client);
+        assert_eq!(server.read(&mut [0; 4]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn a_connection_that_nobody_redirected_has_no_other_destination() {
+        let (_client, server) = pair();
+        let here = server.local_addr().unwrap();
+        assert!(original_dst(&server).map_or(true, |to| to == here));
+    }
+
+    #[test]
+    fn binds_before_the_address_exists() {
+        // TEST-NET-1 (RFC 5737) is never ours.
+        let listener = tcp_listener(&"192.0.2.77:0".parse().unwrap()).unwrap();
+        assert_ne!(listener.local_addr().unwrap().port(), 0);
+        udp_socket(&"192.0.2.77:0".parse().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn splice_moves_bytes_and_sees_the_end() {
+        let (mut client, server) = pair();
+        server.set_nonblocking(true).unwrap();
+        let (out, into) = pipe().unwrap();
+        assert_eq!(splice(&server, &into, 100).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        client.write_all(b"hello").unwrap();
+        let moved = loop {
+            match splice(&server, &into, 100) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                other => break other.unwrap(),
+            }
+        };
+        assert_eq!(moved, 5);
+        assert_eq!(splice(&out, &server, moved).unwrap(), 5);
+        let mut back = [0; 5];
+        client.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"hello");
+    }
+
+    #[test]
+    fn the_limit_of_files_never_falls() {
+        let first = raise_nofile().unwrap();
+        assert!(first > 0 && raise_nofile().unwrap() >= first);
+    }
 }

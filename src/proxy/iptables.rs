@@ -1,0 +1,355 @@
+//! Desired rules -> the text of `iptables-restore --noflush`, and the text that takes them away again.
+//! Everything of ours is in chains named `WEFT-*`; what `iptables-save` prints tells what is there.
+
+use super::rules::{Action, Catch, DEVICE, Desired, Rule};
+use crate::table::model::Protocol;
+use std::{
+    collections::BTreeSet,
+    fmt::{self, Write as _},
+};
+
+/// What all our chains' names begin with.
+const OURS: &str = "WEFT-";
+
+/// An empty chain that says: this table was not there before us, and may go with us. The knowledge
+/// outlives a killed agent and, as the rules do, ends with the boot.
+const MADE: &str = "WEFT-MADE";
+
+/// A port of our address that stands for "nobody serves this": the filter table refuses it.
+/// IANA: tcpmux (RFC 7805: historic).
+const REFUSED: u16 = 1;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Nat,
+    Filter,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Nat, Self::Filter];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nat => "nat",
+            Self::Filter => "filter",
+        }
+    }
+
+    fn chains(self) -> &'static [&'static str] {
+        match self {
+            Self::Nat => &["WEFT-PRE", "WEFT-SVC"],
+            Self::Filter => &["WEFT-INPUT", "WEFT-REJECT"],
+        }
+    }
+
+    /// Built-in chain, and how we jump from it, as iptables-save prints it.
+    fn jumps(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Nat => &[("PREROUTING", "-j WEFT-PRE"), ("OUTPUT", "-j WEFT-SVC")],
+            Self::Filter => &[
+                ("INPUT", "-j WEFT-INPUT"),
+                ("FORWARD", "-o weft0 -j WEFT-REJECT"),
+                ("OUTPUT", "-o weft0 -j WEFT-REJECT"),
+            ],
+        }
+    }
+}
+
+/// One table as iptables-save prints it, reduced to what concerns us: thousands of foreign rules cost
+/// nothing, and our own only a sum.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct SavedTable {
+    present: bool,
+    /// Our chains, in order.
+    chains: BTreeSet<String>,
+    /// Built-in or foreign chain, and its rule that jumps to a chain of ours.
+    jumps: Vec<(String, String)>,
+    /// How many rules our chains hold, and their sum.
+    rules: usize,
+    sum: u64,
+    /// Whether there is a rule or chain of somebody else, or a policy other than ACCEPT.
+    foreign: bool,
+}
+
+/// What `iptables-save` printed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    nat: SavedTable,
+    filter: SavedTable,
+    /// The table that the lines are of.
+    now: Option<Kind>,
+}
+
+/// The words after `-A CHAIN`.
+fn rule_of(line: &str) -> Option<(&str, &str)> {
+    line.strip_prefix("-A ")?.split_once(' ')
+}
+
+/// Whether the rule's target is a chain of ours; a quoted comment may say what it likes.
+fn jumps_to_us(rule: &str) -> bool {
+    let mut quoted = false;
+    let mut escaped = false;
+    let bare: String = rule
+        .chars()
+        .filter(|c| {
+            let was = quoted;
+            if *c == '"' && !escaped {
+                quoted = !quoted;
+            }
+            escaped = *c == '\\' && !escaped;
+            !was && !quoted
+        })
+        .collect();
+    let mut words = bare.split(' ');
+    words.any(|w| w == "-j" || w == "-g") && words.next().is_some_and(|target| target.starts_with(OURS))
+}
+
+impl SavedTable {
+    fn chain(&mut self, declared: &str) {
+        let mut words = declared.split(' ');
+        let (name, policy) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        if name.starts_with(OURS) {
+            self.chains.insert(name.to_owned());
+        } else if policy != "ACCEPT" {
+            self.foreign = true;
+        }
+    }
+
+    fn rule(&mut self, line: &str) {
+        match rule_of(line) {
+            Some((chain, _)) if chain.starts_with(OURS) => {
+                self.rules += 1;
+                self.sum = mix(self.sum, line);
+            }
+            Some((chain, rule)) if jumps_to_us(rule) => self.jumps.push((chain.to_owned(), rule.to_owned())),
+            Some(_) | None => self.foreign = true,
+        }
+    }
+
+    fn ours(&self) -> bool {
+        !self.chains.is_empty() || !self.jumps.is_empty()
+    }
+}
+
+/// FNV-1a over lines: tells a change from none, and is no defence against an author of rules.
+fn mix(sum: u64, line: &str) -> u64 {
+    line.bytes()
+        .chain([b'\n'])
+        .fold(sum ^ 0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl Saved {
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        let mut saved = Self::default();
+        text.lines().for_each(|line| saved.line(line));
+        saved
+    }
+
+    /// Takes the next line of the output.
+    pub fn line(&mut self, line: &str) {
+        let line = line.trim_end();
+        // iptables-nft says so where a table holds what only nft can read.
+        if line.starts_with('#') && line.contains("incompatible") {
+            self.nat.foreign = true;
+            self.filter.foreign = true;
+        }
+        if let Some(name) = line.strip_prefix('*') {
+            self.now = Kind::ALL.into_iter().find(|kind| kind.name() == name);
+        }
+        let table = match self.now {
+            Some(Kind::Nat) => &mut self.nat,
+            Some(Kind::Filter) => &mut self.filter,
+            None => return,
+        };
+        match line.as_bytes().first() {
+            Some(b'*') => table.present = true,
+            Some(b':') => table.chain(&line[1..]),
+            Some(b'-') => table.rule(line),
+            Some(_) | None => {}
+        }
+    }
+
+    fn table(&self, kind: Kind) -> &SavedTable {
+        match kind {
+            Kind::Nat => &self.nat,
+            Kind::Filter => &self.filter,
+        }
+    }
+
+    /// Whether anything of ours is there.
+    #[must_use]
+    pub fn ours(&self) -> bool {
+        Kind::ALL.iter().any(|k| self.table(*k).ours())
+    }
+
+    /// A sum over each chain, jump and rule of ours: it stays the same where nobody has touched ours.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        Kind::ALL.iter().map(|k| self.table(*k)).fold(0, |sum, table| {
+            let sum = table.chains.iter().fold(mix(sum, &table.sum.to_string()), |sum, chain| mix(sum, chain));
+            table.jumps.iter().fold(sum, |sum, (chain, rule)| mix(mix(sum, chain), rule))
+        })
+    }
+
+    /// How many chains and rules of ours are there.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        let sum = |f: fn(&SavedTable) -> usize| Kind::ALL.iter().map(|k| f(self.table(*k))).sum();
+        (sum(|t| t.chains.len()), sum(|t| t.rules + t.jumps.len()))
+    }
+}
+
+fn protocol(p: Protocol) -> &'static str {
+    match p {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+        Protocol::Sctp => "sctp",
+    }
+}
+
+/// The rules of our chains, each as `CHAIN rest`. Written the way iptables-save prints them.
+struct Body<'d>(&'d Desired, Kind);
+
+impl fmt::Display for Body<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            Kind::Nat => nat(self.0, f),
+            Kind::Filter => filter(self.0, f),
+        }
+    }
+}
+
+fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match &desired.catch {
+        Catch::Only(names) => {
+            for name in names {
+                writeln!(f, "-A WEFT-PRE -i {name} -j WEFT-SVC")?;
+            }
+        }
+        Catch::AllBut(names) => {
+            for name in names {
+                writeln!(f, "-A WEFT-PRE -i {name} -j RETURN")?;
+            }
+            writeln!(f, "-A WEFT-PRE -j WEFT-SVC")?;
+        }
+    }
+    writeln!(f, "-A WEFT-SVC -m mark --mark {0:#x}/{0:#x} -j RETURN", desired.mark)?;
+    for Rule { address, protocol: p, port, action } in &desired.rules {
+        let p = protocol(*p);
+        let to = match action {
+            Action::Redirect(port) => *port,
+            Action::Refuse => REFUSED,
+        };
+        let own = desired.address;
+        writeln!(f, "-A WEFT-SVC -d {address}/32 -p {p} -m {p} --dport {port} -j DNAT --to-destination {own}:{to}")?;
+    }
+    Ok(())
+}
+
+/// Refusals, the way in through a closed INPUT, and what is sent to our address without having been
+/// redirected (the way over lo stays open: the proxy itself closes those).
+fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    const RESET: &str = "-j REJECT --reject-with tcp-reset";
+    const UNREACHABLE: &str = "-j REJECT --reject-with icmp-port-unreachable";
+    let own = desired.address;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp -m tcp --dport {REFUSED} {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp -m udp --dport {REFUSED} {UNREACHABLE}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -m conntrack --ctstate DNAT -j ACCEPT")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p tcp {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p udp {UNREACHABLE}")?;
+    // What was redirected still names weft0 in OUTPUT: the route was chosen before.
+    writeln!(f, "-A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN")?;
+    writeln!(f, "-A WEFT-REJECT -d 224.0.0.0/4 -j RETURN")?;
+    writeln!(f, "-A WEFT-REJECT -p tcp {RESET}")?;
+    writeln!(f, "-A WEFT-REJECT {UNREACHABLE}")
+}
+
+/// The text that brings about what we want from what is there. Our own chains are rewritten; a jump that
+/// is there stays where it is: two programs that both want to be first would never come to rest.
+#[must_use]
+pub fn apply(desired: &Desired, saved: &Saved) -> String {
+    let mut out = String::with_capacity(1024 + desired.rules.len() * 100);
+    for kind in Kind::ALL {
+        let there = saved.table(kind);
+        let _ = writeln!(out, "*{}", kind.name());
+        for chain in kind.chains() {
+            let _ = writeln!(out, ":{chain} - [0:0]");
+        }
+        if !there.present {
+            let _ = writeln!(out, ":{MADE} - [0:0]");
+        }
+        jumps(&mut out, kind, there);
+        let _ = write!(out, "{}", Body(desired, kind));
+        let stale = there.chains.iter().filter(|c| *c != MADE && !kind.chains().contains(&c.as_str()));
+        remove_chains(&mut out, stale);
+        out.push_str("COMMIT\n");
+    }
+    out
+}
+
+/// Each of our jumps once, at the head; one that is there stays where it is. Of several all are taken
+/// out, because a delete takes the first, which is the one that matters.
+fn jumps(out: &mut String, kind: Kind, there: &SavedTable) {
+    let in_place =
+        |jump: &(&str, &str)| there.jumps.iter().filter(|(chain, rule)| (&**chain, &**rule) == *jump).count() == 1;
+    for (chain, rule) in &there.jumps {
+        if !kind.jumps().contains(&(chain, rule)) || !in_place(&(chain, rule)) {
+            let _ = writeln!(out, "-D {chain} {rule}");
+        }
+    }
+    for (chain, rule) in kind.jumps().iter().filter(|jump| !in_place(jump)) {
+        let _ = writeln!(out, "-I {chain} 1 {rule}");
+    }
+}
+
+fn remove_chains<'c>(out: &mut String, chains: impl Iterator<Item = &'c String> + Clone) {
+    for chain in chains.clone() {
+        let _ = writeln!(out, "-F {chain}");
+    }
+    for chain in chains {
+        let _ = writeln!(out, "-X {chain}");
+    }
+}
+
+/// The text that takes all of ours away, for each table that has some; None: nothing is there.
+#[must_use]
+pub fn undo(saved: &Saved) -> Option<String> {
+    let mut out = String::new();
+    for kind in Kind::ALL {
+        let there = saved.table(kind);
+        if there.ours() {
+            let _ = writeln!(out, "*{}", kind.name());
+            for (chain, rule) in &there.jumps {
+                let _ = writeln!(out, "-D {chain} {rule}");
+            }
+            remove_chains(&mut out, there.chains.iter());
+            out.push_str("COMMIT\n");
+        }
+    }
+    (!out.is_empty()).then_some(out)
+}
+
+/// A table that only we needed: with iptables-nft its empty remains would show up in `iptables-save`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remains {
+    pub table: &'static str,
+    /// Removes the built-in chains that our jumps made; refused by the kernel unless they are empty.
+    pub text: String,
+}
+
+/// The tables that were not there before us, and are empty once [`undo`] is done.
+#[must_use]
+pub fn remains(saved: &Saved) -> Vec<Remains> {
+    let made = |kind: &Kind| saved.table(*kind).chains.contains(MADE) && !saved.table(*kind).foreign;
+    let text = |kind: Kind| {
+        let chains = kind.jumps().iter().fold(String::new(), |text, (chain, _)| text + "-X " + chain + "\n");
+        format!("*{}\n{chains}COMMIT\n", kind.name())
+    };
+    Kind::ALL.into_iter().filter(made).map(|kind| Remains { table: kind.name(), text: text(kind) }).collect()
+}
+
+const _: () = assert!(matches!(DEVICE.as_bytes(), b"weft0"), "the jumps name the device");
+
+#[cfg(test)]
+mod tests;
