@@ -1,5 +1,462 @@
-//! (to come)
+//! The proxy's driver: takes the connections that the rules redirect, asks the table where each goes, and
+//! relays it; and opens our own endpoints for peers.
+
 pub mod cover;
 pub mod iptables;
 pub mod link;
 pub mod rules;
+
+use crate::{
+    clock::Clock,
+    config::ProxyConfig,
+    metrics::{ProxyCounters, bump},
+    pump::{self, Pool},
+    shared::Reader,
+    sys,
+    table::{
+        Table,
+        balance::{Ask, Balancer, Here, NoTarget, Target},
+        model::{Protocol, ServiceId},
+    },
+    tunnel::{self, Open, Refusal, TunnelStream},
+};
+use anyhow::{Context, Result};
+use futures_lite::{
+    AsyncWrite, AsyncWriteExt,
+    future::{or, poll_fn, yield_now, zip},
+};
+use smol::{Async, LocalExecutor, Timer};
+use std::{
+    cell::{Cell, RefCell},
+    fs::File,
+    io::{self, ErrorKind},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    pin::Pin,
+    rc::Rc,
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+/// How long one endpoint may take to accept: the kernel's first retransmission comes after 1 s, the
+/// second 2 s later (RFC 6298).
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long a far node may take to answer; a first contact makes a path, and the far node dials as above.
+const OPEN: Duration = Duration::from_secs(10);
+/// Endpoints that one connection is tried on at most.
+const TRIES: usize = 4;
+/// Bytes of a client that travel right behind an OPEN, before the far end has answered.
+const EARLY: usize = 16 * 1024;
+/// Connections that are accepted before the others may run.
+const BATCH: usize = 64;
+/// The pause after an accept that failed for want of memory or descriptors: they come back when
+/// connections end, and a closer look would spin.
+const BREATHER: Duration = Duration::from_millis(100);
+/// Lines of one kind in the log: at most one in this time. A peer or client cannot fill a flash with them.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// The TCP proxy; see the module.
+#[derive(Debug)]
+pub struct Proxy {
+    listener: Async<TcpListener>,
+    shared: Rc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    own: SocketAddr,
+    mark: u32,
+    /// Connections and peers' streams at one time; beyond it a new one is refused at once.
+    most: usize,
+    here: Here,
+    balancer: RefCell<Balancer>,
+    table: Reader<Table>,
+    tunnel: Option<tunnel::Handle>,
+    counters: Rc<ProxyCounters>,
+    clock: Clock,
+    pool: Pool,
+    sessions: Cell<usize>,
+    said: Cell<Option<Instant>>,
+    unmarked: Cell<bool>,
+}
+
+/// One of the sessions that are counted.
+struct Place(Rc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.sessions.set(self.0.sessions.get() - 1);
+    }
+}
+
+/// How an attempt on one endpoint ended.
+enum Attempt {
+    /// Bytes may have been relayed: there is no other try.
+    Done(io::Result<()>),
+    /// Nothing has reached the endpoint.
+    Failed(String),
+}
+
+impl Proxy {
+    /// Listens on a free port of `listen`, which need not be on a device yet.
+    ///
+    /// # Errors
+    /// When the kernel gives no such socket.
+    #[allow(clippy::too_many_arguments)]
+    pub fn bind(
+        cfg: &ProxyConfig,
+        listen: IpAddr,
+        here: Here,
+        balancer: Balancer,
+        table: Reader<Table>,
+        tunnel: Option<tunnel::Handle>,
+        counters: Rc<ProxyCounters>,
+        clock: Clock,
+    ) -> Result<Self> {
+        let wanted = SocketAddr::new(listen, 0);
+        let listener = sys::tcp_listener(&wanted).with_context(|| format!("proxy: cannot listen on {listen}"))?;
+        // Inherited by what is accepted.
+        pump::prepare(&listener)?;
+        let shared = Shared {
+            own: listener.local_addr()?,
+            mark: cfg.mark,
+            most: cfg.max_connections,
+            here,
+            balancer: RefCell::new(balancer),
+            table,
+            tunnel,
+            counters,
+            clock,
+            pool: Pool::default(),
+            sessions: Cell::new(0),
+            said: Cell::new(None),
+            unmarked: Cell::new(false),
+        };
+        Ok(Self { listener: Async::new_nonblocking(listener)?, shared: Rc::new(shared) })
+    }
+
+    /// Where the rules send connections to.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.shared.own.port()
+    }
+
+    /// Relays until it is dropped; that ends all connections.
+    ///
+    /// # Errors
+    /// When the event loop no longer knows the listener.
+    pub async fn run(self) -> Result<()> {
+        let sessions = LocalExecutor::new();
+        let clients = accept(&self.listener, &self.shared, &sessions);
+        let peers = serve_peers(&self.shared, &sessions);
+        let (clients, ()) = sessions.run(zip(clients, peers)).await;
+        clients.context("proxy: listener")
+    }
+}
+
+/// Accepts what is redirected; returns only when the listener itself is broken.
+async fn accept<'x>(
+    listener: &Async<TcpListener>,
+    shared: &Rc<Shared>,
+    sessions: &LocalExecutor<'x>,
+) -> io::Result<()> {
+    // Given up to accept one more when there are no descriptors: a client must be refused, not left hanging.
+    let mut spare = File::open("/dev/null").ok();
+    loop {
+        listener.readable().await?;
+        for _ in 0..BATCH {
+            match listener.get_ref().accept() {
+                Ok((client, from)) => match Shared::place(shared) {
+                    Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
+                    None => shared.full(&client),
+                },
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                    drop(spare.take());
+                    if let Ok((client, _)) = listener.get_ref().accept() {
+                        shared.full(&client);
+                    }
+                    spare = File::open("/dev/null").ok();
+                    shared.say(|| format!("proxy: connections are refused: {e}"));
+                    Timer::after(BREATHER).await;
+                    break;
+                }
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM)) => {
+                    shared.say(|| format!("proxy: accept: {e}"));
+                    Timer::after(BREATHER).await;
+                    break;
+                }
+                // accept(2): on Linux these are errors of the new connection, or of the network it came over.
+                Err(e) => log::debug!("proxy: accept: {e}"),
+            }
+        }
+        yield_now().await;
+    }
+}
+
+/// Takes the streams that peers open, for ever.
+async fn serve_peers<'x>(shared: &Rc<Shared>, sessions: &LocalExecutor<'x>) {
+    let Some(tunnel) = &shared.tunnel else { return std::future::pending().await };
+    loop {
+        let (mut stream, peer, open) = tunnel.accept().await;
+        bump(&shared.counters.remote_opens);
+        match Shared::place(shared) {
+            Some(place) => sessions.spawn(async move { serve_remote(&place.0, stream, &peer, open).await }).detach(),
+            None => {
+                bump(&shared.counters.refused_full);
+                stream.answer(Err(Refusal::Busy));
+            }
+        }
+    }
+}
+
+/// Opens one of our own endpoints for a peer: what the table does not say is ours is refused.
+async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, open: Open) {
+    let ServiceId { namespace, name } = &open.service;
+    let wanted = format!("{namespace}/{name}:{} at {}", open.port, open.endpoint);
+    let refusal = if owns(shared, &open) {
+        match shared.dial(&open.endpoint).await {
+            Ok(socket) => {
+                stream.answer(Ok(()));
+                let counters = &shared.counters;
+                let done = pump::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
+                return log::debug!("proxy: {wanted} for {peer}: {done:?}");
+            }
+            Err(e) => {
+                shared.say(|| format!("proxy: {peer} wants {wanted}: cannot connect: {e}"));
+                Refusal::ConnectFailed(e.to_string())
+            }
+        }
+    } else {
+        bump(&shared.counters.remote_refused);
+        shared.say(|| format!("proxy: refused {peer}, which wants {wanted}: not an endpoint of this node"));
+        Refusal::NotMine
+    };
+    stream.answer(Err(refusal));
+    let _ = stream.close().await;
+}
+
+/// Whether an endpoint is ours by our own table.
+fn owns(shared: &Shared, open: &Open) -> bool {
+    if open.protocol != Protocol::Tcp {
+        return false;
+    }
+    shared.table.read(|table| {
+        let Some(service) = table.service_by_id(&open.service).filter(|s| !s.not_proxied) else { return false };
+        let Some(port) = service.ports.iter().find(|p| p.number == open.port && p.protocol == open.protocol) else {
+            return false;
+        };
+        table.endpoints(&service.id).any(|(slice, endpoint)| {
+            endpoint.address == open.endpoint.ip()
+                && endpoint.node.as_ref() == Some(&shared.here.node)
+                && Table::target_port(slice, &port.name, port.protocol) == Some(open.endpoint.port())
+        })
+    })
+}
+
+/// Closes with a reset, which a client cannot take for an empty answer.
+fn reset(client: &TcpStream) {
+    let _ = sys::reset_on_close(client);
+}
+
+impl Shared {
+    fn place(shared: &Rc<Self>) -> Option<Place> {
+        let taken = shared.sessions.get();
+        (taken < shared.most).then(|| {
+            shared.sessions.set(taken + 1);
+            Place(Rc::clone(shared))
+        })
+    }
+
+    fn full(&self, client: &TcpStream) {
+        bump(&self.counters.refused_full);
+        reset(client);
+    }
+
+    /// Warns, unless it has just done so.
+    fn say(&self, line: impl FnOnce() -> String) {
+        let now = self.clock.now();
+        if self.said.get().is_none_or(|then| now.saturating_duration_since(then) >= QUIET) {
+            self.said.set(Some(now));
+            log::warn!("{}", line());
+        }
+    }
+
+    /// One connection of a client, from its accept to its end.
+    async fn client(&self, client: TcpStream, from: IpAddr) {
+        bump(&self.counters.accepted);
+        let destination = match sys::original_dst(&client) {
+            Ok(to) if to.ip() != self.own.ip() => to,
+            Ok(_) | Err(_) => {
+                bump(&self.counters.refused_surface);
+                return reset(&client);
+            }
+        };
+        let mut client = match Async::new(client) {
+            Ok(client) => client,
+            Err(e) => return self.say(|| format!("proxy: {e}")),
+        };
+        let mut tried: Vec<SocketAddr> = Vec::new();
+        while tried.len() < TRIES {
+            let ask = Ask { destination, protocol: Protocol::Tcp, client: from, tried: &tried };
+            let now = self.clock.now();
+            let target = self.table.read(|t| t.route(&self.here, ask, &mut self.balancer.borrow_mut(), now));
+            let address = match &target {
+                Ok(Target::Local(address) | Target::Remote { address, .. }) => *address,
+                Err(NoTarget::NotAService) => {
+                    bump(&self.counters.refused_surface);
+                    return reset(client.get_ref());
+                }
+                Err(NoTarget::NoEndpoint) => break,
+            };
+            if !tried.is_empty() {
+                bump(&self.counters.retries);
+            }
+            let (attempt, back) = match target {
+                Ok(Target::Remote { node, service, port, address }) => {
+                    let open = Open { service, port, protocol: Protocol::Tcp, endpoint: address };
+                    self.remote(client, &node, &open).await
+                }
+                Ok(Target::Local(_)) | Err(_) => self.local(client, &address).await,
+            };
+            match (attempt, back) {
+                (Attempt::Failed(why), Some(back)) => {
+                    log::debug!("proxy: {destination}: {address}: {why}");
+                    client = back;
+                    tried.push(address);
+                }
+                (Attempt::Failed(why), None) => return log::debug!("proxy: {destination}: {why}"),
+                (Attempt::Done(end), _) => return log::debug!("proxy: {destination} by {address}: {end:?}"),
+            }
+        }
+        if tried.is_empty() {
+            bump(&self.counters.no_endpoint);
+        } else {
+            bump(&self.counters.failed);
+            self.say(|| format!("proxy: no endpoint of {destination} can be reached; tried {tried:?}"));
+        }
+        reset(client.get_ref());
+    }
+
+    async fn local(&self, client: Async<TcpStream>, to: &SocketAddr) -> (Attempt, Option<Async<TcpStream>>) {
+        match self.dial(to).await {
+            Err(e) => (Attempt::Failed(e.to_string()), Some(client)),
+            Ok(server) => {
+                let counters = &self.counters;
+                let done = pump::sockets(&self.pool, client, server, &counters.bytes_up, &counters.bytes_down).await;
+                (Attempt::Done(done), None)
+            }
+        }
+    }
+
+    async fn remote(&self, client: Async<TcpStream>, node: &str, open: &Open) -> (Attempt, Option<Async<TcpStream>>) {
+        let Some(tunnel) = &self.tunnel else {
+            return (Attempt::Failed(format!("it is on {node}, and the tunnel is off")), Some(client));
+        };
+        let mut stream = tunnel.open(node, open);
+        let sent = match self.opened(&client, &mut stream).await {
+            Ok(sent) => sent,
+            Err(refusal) => {
+                self.say(|| format!("proxy: {node} refused {}: {refusal:?}", open.endpoint));
+                return (Attempt::Failed(format!("{refusal:?}")), Some(client));
+            }
+        };
+        if let Err(e) = pump::take(client.get_ref(), sent) {
+            return (Attempt::Done(Err(e)), None);
+        }
+        crate::metrics::add(&self.counters.bytes_up, sent as u64);
+        let counters = &self.counters;
+        let done = pump::stream(&self.pool, client, stream, &counters.bytes_up, &counters.bytes_down).await;
+        (Attempt::Done(done), None)
+    }
+
+    /// Waits for the far end's answer. What the client has sent by then, and what it sends meanwhile if that
+    /// was nothing, goes behind the OPEN; it is only looked at, so that another endpoint can still get it.
+    /// Returns how many bytes that was. The client's silence holds nothing up: the server may speak first.
+    async fn opened(&self, client: &Async<TcpStream>, stream: &mut TunnelStream) -> Result<usize, Refusal> {
+        let slow = || Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs()));
+        let mut late = Timer::after(OPEN);
+        let mut look = true;
+        let mut sent = 0;
+        loop {
+            if look {
+                match early(&self.pool, client.get_ref(), stream).await {
+                    Early::Sent(n) => (sent, look) = (n, false),
+                    Early::Nothing => {}
+                    Early::Never => look = false,
+                }
+            }
+            let answer = async { Some(stream.opened().await) };
+            let bytes = async {
+                if !look || client.readable().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                None
+            };
+            let timeout = async {
+                (&mut late).await;
+                Some(Err(slow()))
+            };
+            if let Some(answer) = or(answer, or(bytes, timeout)).await {
+                return answer.map(|()| sent);
+            }
+        }
+    }
+
+    /// Connects with our mark, so that the rules leave it alone.
+    async fn dial(&self, to: &SocketAddr) -> io::Result<Async<TcpStream>> {
+        if to.ip() == self.own.ip() {
+            return Err(io::Error::other("this is our own address"));
+        }
+        let socket = sys::tcp_socket(to)?;
+        if let Err(e) = sys::set_mark(&socket, self.mark) {
+            // Then the rules would bring it back to us, if it went to a virtual address.
+            if self.table.read(|t| t.by_vip(to.ip()).is_some()) {
+                return Err(e);
+            }
+            if !self.unmarked.replace(true) {
+                log::warn!("proxy: own connections are not marked (needs CAP_NET_ADMIN): {e}");
+            }
+        }
+        pump::prepare(&socket)?;
+        sys::connect(&socket, to)?;
+        let socket = Async::new_nonblocking(socket)?;
+        let connected = async {
+            socket.writable().await?;
+            socket.get_ref().take_error()?.map_or(Ok(()), Err)
+        };
+        let timeout = async {
+            Timer::after(CONNECT).await;
+            Err(ErrorKind::TimedOut.into())
+        };
+        or(connected, timeout).await?;
+        Ok(socket)
+    }
+}
+
+/// What became of the client's first bytes.
+#[derive(Debug, PartialEq, Eq)]
+enum Early {
+    Sent(usize),
+    Nothing,
+    /// The client has ended or failed, or the stream takes nothing: the pump will see to it.
+    Never,
+}
+
+/// Writes to the stream what waits in the socket, and leaves it there.
+async fn early(pool: &Pool, client: &TcpStream, stream: &mut (impl AsyncWrite + Unpin)) -> Early {
+    poll_fn(|cx| {
+        Poll::Ready(pool.scratch(|scratch| {
+            let waiting = match client.peek(&mut scratch[..EARLY]) {
+                Ok(0) => return Early::Never,
+                Ok(n) => &scratch[..n],
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Early::Nothing,
+                Err(_) => return Early::Never,
+            };
+            match Pin::new(&mut *stream).poll_write(cx, waiting) {
+                Poll::Ready(Ok(n)) => Early::Sent(n),
+                Poll::Ready(Err(_)) | Poll::Pending => Early::Never,
+            }
+        }))
+    })
+    .await
+}
