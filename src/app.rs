@@ -5,26 +5,50 @@ use crate::{
     ca,
     clock::{BUILT, Clock},
     config::{Config, StaticService},
-    shared::Writer,
-    table::Table,
-    tunnel::identity::{Bundle, NAME_RULE, Roles, node_name, utc},
+    dns::{
+        self,
+        answer::{Answerer, Outcome, Via},
+        zone::Zone,
+    },
+    kube::{Manifests, SourceStatus, Sources},
+    metrics::{DnsCounters, ProxyCounters, TunnelCounters},
+    netlink,
+    proxy::{Proxy, rules::Ports},
+    rules::{self, Rules, Undo},
+    shared::{Reader, Writer},
+    sys,
+    table::{
+        Table,
+        balance::{Balancer, Here},
+        statics,
+    },
+    tunnel::{
+        self,
+        identity::{Bundle, NAME_RULE, Roles, node_name, utc},
+    },
 };
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt, StreamExt, future::or};
 use log::LevelFilter;
-use smol::{LocalExecutor, Task};
+use smol::{LocalExecutor, Task, Timer};
 use std::{
+    cell::RefCell,
+    collections::BTreeSet,
     fs,
     future::poll_fn,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     rc::Rc,
     task::Poll,
+    time::Duration,
 };
 
 /// A certificate that ends sooner is warned of.
 const RENEW_SECS: u64 = 30 * 86_400;
+/// For what is said to peers and relays at the end.
+const GOODBYE: Duration = Duration::from_millis(500);
 
 /// What the command line gives to [`run`].
 #[derive(Debug)]
@@ -58,32 +82,10 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
     log::info!("weft {} as node {node}", env!("CARGO_PKG_VERSION"));
     warnings.iter().for_each(|w| log::warn!("{w}"));
 
-    let table = Writer::new(Table::default());
+    let table = Rc::new(Writer::new(Table::default()));
     feed(&table, &config.services);
     let mut tasks = Tasks::new(executor);
-    let mut parts = Vec::new();
-    for (name, on) in [("dns", config.dns.enable), ("proxy", config.proxy.enable), ("tunnel", config.tunnel.enable)] {
-        parts.push(view::Part {
-            name: name.into(),
-            on: false,
-            note: if on { "not in this build" } else { "by the configuration" }.into(),
-        });
-    }
-    let domain = config.dns.domain.clone();
-    let views = Views {
-        node,
-        clock,
-        table: table.reader(),
-        tunnel: None,
-        dns_counters: None,
-        proxy_counters: None,
-        tunnel_counters: None,
-        sources: sources(config),
-        parts: Box::new(move || parts.clone()),
-        warnings: Box::new(move || warnings.clone()),
-        resolve: Box::new(move |name| resolve::resolve(name, &domain, |_| resolve::Exchange::Foreign)),
-    };
-    tasks.spawn("admin", Admin::bind(&config.admin.socket, views)?.run());
+    let Parts { undo, tunnel } = parts(&mut tasks, config, bundle, &node, &table, clock, warnings)?;
 
     let ended = loop {
         let signal = async { Ok(signals.next().await) };
@@ -100,16 +102,205 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
             }
         }
     };
+    if let Some(tunnel) = tunnel {
+        or(tunnel.close(), after(GOODBYE)).await;
+    }
     tasks.stop().await;
-    ended
+    let undone = match undo {
+        Some(undo) => undo.undo().await.map(|done| done.iter().for_each(|what| log::info!("{what}"))),
+        None => Ok(()),
+    };
+    ended.and(undone)
+}
+
+/// What the end of the process has to do.
+struct Parts {
+    undo: Option<Undo>,
+    tunnel: Option<tunnel::Handle>,
+}
+
+/// The parts in the order in which they need each other.
+fn parts(
+    tasks: &mut Tasks,
+    config: &Config,
+    bundle: Option<Bundle>,
+    node: &str,
+    table: &Rc<Writer<Table>>,
+    clock: Clock,
+    warnings: Vec<String>,
+) -> anyhow::Result<Parts> {
+    let mark = config.proxy.mark;
+    let listen = config.dns.listen;
+    let kernel = config.dns.enable || config.proxy.enable;
+    let counters =
+        (Rc::new(DnsCounters::default()), Rc::new(ProxyCounters::default()), Rc::new(TunnelCounters::default()));
+    if let Err(why) = sys::raise_nofile() {
+        log::warn!("the limit of open files stays as it is: {why}");
+    }
+    if kernel {
+        // What a killed agent left would send packets to ports that nobody listens on.
+        for what in rules::cleanup().context("what an agent before us left in the kernel")? {
+            log::info!("{what}");
+        }
+        let IpAddr::V4(ip) = listen.ip() else { bail!("dns.listen: weft0 needs an IPv4 address") };
+        let device = netlink::ensure_device(ip)?;
+        log::info!("weft0 is a {} with {ip}", device.kind);
+    }
+
+    let manifests = Manifests::new(&config.kube.manifests, Rc::clone(table), clock);
+    let sources = manifests.sources();
+    tasks.spawn("manifests", manifests.run());
+
+    let zone = Zone::new(&config.dns, u32::try_from(clock.unix()).unwrap_or(u32::MAX))?;
+    let (resolver, dns_port) = if config.dns.enable {
+        let server = dns::Server::bind(&config.dns, table.reader(), Rc::clone(&counters.0), clock, mark)?;
+        let (resolver, port) = (server.resolver(), server.port());
+        tasks.spawn("dns", server.run());
+        (resolver, Some(port))
+    } else {
+        let forwarder = dns::Forwarder::new(&config.dns, Rc::clone(&counters.0), clock, mark);
+        let resolver = forwarder.resolver();
+        tasks.spawn("resolver", forwarder.run());
+        (resolver, None)
+    };
+
+    let tunnel = match bundle {
+        Some(bundle) if config.tunnel.enable || config.relay.enable => {
+            let lookup: tunnel::Lookup = Rc::new(move |host| {
+                let resolver = resolver.clone();
+                Box::pin(async move { resolver.lookup(&host).await })
+            });
+            let setup = tunnel::Setup {
+                name: node.into(),
+                bundle,
+                key: None,
+                is_relay: config.relay.enable,
+                mark,
+                lookup,
+                clock,
+                counters: Rc::clone(&counters.2),
+            };
+            let (driver, handle) = tunnel::Driver::bind(&config.tunnel, setup)?;
+            log::info!("tunnel on UDP {}", driver.local_addr()?);
+            tasks.spawn("tunnel", driver.run());
+            Some(handle)
+        }
+        Some(_) | None => None,
+    };
+
+    let proxy_port = if config.proxy.enable {
+        let here = Here {
+            node: node.into(),
+            network: config.node.network.as_str().into(),
+            zone: config.node.zone.as_str().into(),
+            neighbours: BTreeSet::new(),
+        };
+        let balancer = Balancer::new(config.balancer.default, fastrand::Rng::new());
+        let (reader, counter) = (table.reader(), Rc::clone(&counters.1));
+        let proxy = Proxy::bind(&config.proxy, listen.ip(), here, balancer, reader, tunnel.clone(), counter, clock)?;
+        let port = proxy.port();
+        tasks.spawn("proxy", proxy.run());
+        Some(port)
+    } else {
+        None
+    };
+
+    let (undo, status) = if kernel {
+        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (listen.port(), port)) };
+        let rules = Rules::new(&config.proxy, listen.ip(), ports, table.reader(), Rc::clone(&counters.1), clock)?;
+        let (undo, status) = (rules.undo(), rules.status());
+        tasks.spawn("rules", rules.run());
+        (Some(undo), Some(status))
+    } else {
+        (None, None)
+    };
+
+    let shown = Shown { dns_port, proxy_port, listen, tunnel: tunnel.clone(), relay: config.relay.enable, status };
+    let answerer = RefCell::new(Answerer::new(zone));
+    let (domain, reader) = (config.dns.domain.clone(), table.reader());
+    let views = Views {
+        node: node.into(),
+        clock,
+        table: table.reader(),
+        tunnel: tunnel.clone(),
+        dns_counters: Some(counters.0),
+        proxy_counters: Some(counters.1),
+        tunnel_counters: Some(counters.2),
+        sources: Box::new({
+            let statics = !config.services.is_empty();
+            move || list_sources(statics, &sources)
+        }),
+        parts: Box::new(move || shown.parts()),
+        warnings: Box::new(move || warnings.clone()),
+        resolve: Box::new(move |name| {
+            resolve::resolve(name, &domain, |query| {
+                let mut reply = Vec::new();
+                let outcome = reader.read(|t| answerer.borrow_mut().reply(query, Via::Tcp, t, &mut reply));
+                match outcome {
+                    Outcome::Reply | Outcome::Reject => resolve::Exchange::Reply(reply),
+                    Outcome::Forward | Outcome::Chase(_) | Outcome::Drop => resolve::Exchange::Foreign,
+                }
+            })
+        }),
+    };
+    tasks.spawn("admin", Admin::bind(&config.admin.socket, views)?.run());
+    Ok(Parts { undo, tunnel })
+}
+
+async fn after(patience: Duration) {
+    Timer::after(patience).await;
+}
+
+/// For `weft status`: what runs, and where.
+struct Shown {
+    dns_port: Option<u16>,
+    proxy_port: Option<u16>,
+    listen: SocketAddr,
+    tunnel: Option<tunnel::Handle>,
+    relay: bool,
+    status: Option<Reader<rules::Status>>,
+}
+
+impl Shown {
+    fn parts(&self) -> Vec<view::Part> {
+        let part = |name: &str, on: bool, note: String| view::Part { name: name.into(), on, note };
+        let ip = self.listen.ip();
+        let behind = |port: Option<u16>, named: &str| port.map_or_else(String::new, |p| format!("{named} {ip}:{p}"));
+        let rules = self.status.as_ref().map(|s| s.read(Clone::clone));
+        let load = self.tunnel.as_ref().and_then(tunnel::Handle::relay_load);
+        vec![
+            part("dns", self.dns_port.is_some(), behind(self.dns_port, &format!("{} by", self.listen))),
+            part("proxy", self.proxy_port.is_some(), behind(self.proxy_port, "TCP by")),
+            part(
+                "rules",
+                rules.as_ref().is_some_and(|r| r.version.is_some()),
+                rules.map(|r| rules_note(&r)).unwrap_or_default(),
+            ),
+            part("tunnel", self.tunnel.is_some(), String::new()),
+            part(
+                "relay",
+                self.relay && load.is_some(),
+                load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows)).unwrap_or_default(),
+            ),
+        ]
+    }
+}
+
+fn rules_note(r: &rules::Status) -> String {
+    let mut out = format!("weft0 ({}), {} rules, {} routes, {}", r.device, r.rules, r.routes, r.backend);
+    for text in r.errors.iter().chain(&r.notes) {
+        out.push_str("; ");
+        out.push_str(text);
+    }
+    out
 }
 
 /// Removes what a killed agent left in the kernel.
 ///
 /// # Errors
 /// When something is left.
-pub fn cleanup() -> anyhow::Result<()> {
-    Ok(())
+pub fn cleanup() -> anyhow::Result<Vec<String>> {
+    rules::cleanup()
 }
 
 /// Takes over what can be changed while running, and says what cannot.
@@ -134,15 +325,19 @@ fn reload(start: &Start, table: &Writer<Table>) {
     }
 }
 
-fn feed(_table: &Writer<Table>, _services: &[StaticService]) {}
+/// `[[service]]` is one complete list.
+fn feed(table: &Writer<Table>, services: &[StaticService]) {
+    table.update(|t| statics::changes(services).fold(false, |changed, change| t.apply(change) || changed));
+    table.ring();
+}
 
-fn sources(config: &Config) -> Vec<String> {
-    let mut out = Vec::new();
-    if !config.services.is_empty() {
-        out.push("config".into());
-    }
-    out.extend(config.kube.manifests.iter().map(|m| format!("manifests {m}")));
-    out
+fn list_sources(statics: bool, manifests: &Sources) -> Vec<String> {
+    let named = |s: &SourceStatus| match &s.last_error {
+        Some(error) => format!("manifests {}: {error}", s.name),
+        None => format!("manifests {}: {} objects", s.name, s.objects),
+    };
+    let first = statics.then(|| "config".to_owned());
+    first.into_iter().chain(manifests.list().iter().map(named)).collect()
 }
 
 fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {

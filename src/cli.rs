@@ -64,7 +64,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         },
         Command::Cleanup(args::Cleanup {}) => {
             log::start(::log::LevelFilter::Info);
-            app::cleanup()
+            match app::cleanup()? {
+                removed if removed.is_empty() => out("nothing was left\n"),
+                removed => out(&(removed.join("\n") + "\n")),
+            }
         }
         Command::Version(c) => version(&c),
     }

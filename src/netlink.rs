@@ -280,6 +280,33 @@ pub fn surroundings() -> Result<Surroundings> {
     Ok(found)
 }
 
+/// Devices that lead to containers of this host and to no other node.
+const CONTAINERS: [&str; 11] =
+    ["cni", "docker", "veth", "flannel", "cali", "cilium", "lxc", "kube-", "podman", "nerdctl", "virbr"];
+
+/// The IPv4 addresses by which other hosts may reach this one, with their prefix lengths: not those of
+/// loopback, of weft0, of devices that are down, nor of container bridges. `only`, where it is not empty,
+/// names the interfaces.
+///
+/// # Errors
+/// When the kernel does not list its devices or addresses.
+pub fn reachable_at(only: &[String]) -> Result<Vec<(Ipv4Addr, u8)>> {
+    let mut socket = Socket::open(Family::Route)?;
+    let named = |name: &str| match only {
+        [] => name != DEVICE && name != "lo" && !CONTAINERS.iter().any(|c| name.starts_with(c)) && !docker_bridge(name),
+        _ => only.iter().any(|o| o == name),
+    };
+    let links: BTreeSet<u32> =
+        socket.links()?.into_iter().filter(|l| l.up && named(&l.name)).map(|l| l.index).collect();
+    let there = socket.addresses()?.into_iter().filter(|a| links.contains(&a.index) && !a.local.is_loopback());
+    Ok(there.map(|a| (a.local, a.network.length())).collect())
+}
+
+/// `br-` and twelve hexadecimal digits; OpenWrt's br-lan is none.
+fn docker_bridge(name: &str) -> bool {
+    name.strip_prefix("br-").is_some_and(|id| id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
 /// Removes our device, and with it its address and routes. Says what it removed.
 ///
 /// # Errors

@@ -203,7 +203,7 @@ async fn serve_peers<'x>(shared: &Rc<Shared>, sessions: &LocalExecutor<'x>) {
             Some(place) => sessions.spawn(async move { serve_remote(&place.0, stream, &peer, open).await }).detach(),
             None => {
                 bump(&shared.counters.refused_full);
-                stream.answer(Err(Refusal::Busy));
+                stream.answer(&Err(Refusal::Busy));
             }
         }
     }
@@ -216,7 +216,7 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
     let refusal = if owns(shared, &open) {
         match shared.dial(&open.endpoint).await {
             Ok(socket) => {
-                stream.answer(Ok(()));
+                stream.answer(&Ok(()));
                 let counters = &shared.counters;
                 let done = pump::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
                 return log::debug!("proxy: {wanted} for {peer}: {done:?}");
@@ -231,7 +231,7 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
         shared.say(|| format!("proxy: refused {peer}, which wants {wanted}: not an endpoint of this node"));
         Refusal::NotMine
     };
-    stream.answer(Err(refusal));
+    stream.answer(&Err(refusal));
     let _ = stream.close().await;
 }
 

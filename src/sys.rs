@@ -80,6 +80,17 @@ pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
     })
 }
 
+/// By which interface, named by its address, a UDP socket sends multicast from now on: to the link alone, and
+/// not back to this host.
+///
+/// # Errors
+/// `AddrNotAvailable` where no interface has the address.
+pub fn multicast_by(fd: &impl AsFd, interface: Ipv4Addr) -> io::Result<()> {
+    set_option(fd, libc::SOL_IP, libc::IP_MULTICAST_TTL, 1 as c_int)?;
+    set_option(fd, libc::SOL_IP, libc::IP_MULTICAST_LOOP, 0 as c_int)?;
+    set_option(fd, libc::SOL_IP, libc::IP_MULTICAST_IF, libc::in_addr { s_addr: u32::from(interface).to_be() })
+}
+
 /// Sets the packet mark of a socket.
 ///
 /// # Errors

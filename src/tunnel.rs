@@ -38,6 +38,8 @@ use crate::{
     clock::Clock,
     config::TunnelConfig,
     metrics::{TunnelCounters, bump},
+    netlink::Monitor,
+    shared::Listener,
 };
 use anyhow::{Context as _, bail};
 use futures_lite::{
@@ -71,6 +73,8 @@ const BUDGET: usize = 16;
 const GSO_MOST: usize = 32;
 /// What the kernel keeps for us while other tasks run; it may grant less.
 const SOCKET_BUFFER: usize = 1 << 20;
+/// Of the block for one site, RFC 2365 section 6.1. All nodes that are to find each other listen on one port.
+const LAN_GROUP: Ipv4Addr = Ipv4Addr::new(239, 255, 120, 67);
 /// Relays' names that wait to be looked up; there are at most 8 relays.
 const LOOKUPS_MAX: usize = 16;
 
@@ -90,6 +94,18 @@ pub struct Driver {
     lookups: VecDeque<(usize, u16, String)>,
     resolving: Option<Resolving>,
     v6: bool,
+    port: u16,
+    links: Vec<Link>,
+    /// None where the kernel has no netlink for us: links are then as they were at the start.
+    monitor: Option<Monitor>,
+}
+
+/// Why the driver is awake.
+enum Woke {
+    Ready,
+    /// Devices, addresses or routes have changed.
+    Links,
+    Resolved(usize, Result<SocketAddr, String>),
 }
 
 /// What the driver needs beside the `[tunnel]` section.
@@ -153,6 +169,7 @@ impl Driver {
         if let Err(error) = crate::sys::set_mark(&socket, mark) {
             log::warn!(target: "tunnel", "the UDP socket has no mark ({error}): our own rules may catch its packets");
         }
+        let port = socket.get_ref().local_addr()?.port();
         let udp = UdpSocketState::new(UdpSockRef::from(socket.get_ref()))?;
         let _ = udp.set_recv_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
         let _ = udp.set_send_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
@@ -169,8 +186,20 @@ impl Driver {
         let node = Node::new(node, clock.now(), fastrand::Rng::new(), Rc::clone(&counters));
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
-        let driver =
-            Self { socket, udp, shared, lookup, clock, count: counters, lookups: VecDeque::new(), resolving: None, v6 };
+        let driver = Self {
+            socket,
+            udp,
+            shared,
+            lookup,
+            clock,
+            count: counters,
+            lookups: VecDeque::new(),
+            resolving: None,
+            v6,
+            port,
+            links: Vec::new(),
+            monitor: Monitor::open().map_err(|e| log::warn!(target: "tunnel", "{e:#}")).ok(),
+        };
         Ok((driver, handle))
     }
 
@@ -194,44 +223,61 @@ impl Driver {
         let mut rx = vec![0; RX_BUFFER * RX_BATCH];
         let mut tx = Vec::new();
         let mut bell = self.shared.bell.listen();
+        self.refresh_links();
         loop {
             let wake = self.drain(&mut tx).await;
             if self.shared.closing.get() {
                 self.shared.closed.ring();
                 return Ok(());
             }
-            let timer = async {
-                match wake {
-                    Some(at) => Timer::at(at).await,
-                    None => Timer::never().await,
-                };
-                Ok(None)
-            };
-            let rung = async {
-                bell.rung().await;
-                Ok(None)
-            };
-            let resolving = &mut self.resolving;
-            let resolved = async {
-                match resolving {
-                    Some(future) => Ok(Some(future.await)),
-                    None => std::future::pending().await,
-                }
-            };
-            let readable = async { self.socket.readable().await.map(|()| None) };
-            // Only readiness, bells and timers are raced: nothing is lost when one wins.
-            let answer: Option<(usize, Result<SocketAddr, String>)> =
-                or(or(rung, readable), or(timer, resolved)).await.context("waiting for the UDP socket")?;
-            let now = self.clock.now();
+            let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
-            if let Some((relay, address)) = answer {
-                self.resolving = None;
-                self.shared.node().resolved(now, relay, address);
+            match woke {
+                Woke::Ready => {}
+                Woke::Links => self.refresh_links(),
+                Woke::Resolved(relay, address) => {
+                    self.resolving = None;
+                    self.shared.node().resolved(self.clock.now(), relay, address);
+                }
             }
             self.receive(&mut rx);
             self.shared.node().handle_tick(self.clock.now());
             self.next_lookup();
         }
+    }
+
+    /// Only readiness, bells and timers are raced: nothing is lost when one wins.
+    async fn wait(&mut self, bell: &mut Listener, wake: Option<Instant>) -> io::Result<Woke> {
+        let timer = async {
+            match wake {
+                Some(at) => Timer::at(at).await,
+                None => Timer::never().await,
+            };
+            Ok(Woke::Ready)
+        };
+        let rung = async {
+            bell.rung().await;
+            Ok(Woke::Ready)
+        };
+        let resolving = &mut self.resolving;
+        let resolved = async {
+            match resolving {
+                Some(future) => {
+                    let (relay, address) = future.await;
+                    Ok(Woke::Resolved(relay, address))
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let monitor = &self.monitor;
+        let links = async {
+            match monitor {
+                Some(monitor) => monitor.changed().await.map(|()| Woke::Links),
+                None => std::future::pending().await,
+            }
+        };
+        let readable = async { self.socket.readable().await.map(|()| Woke::Ready) };
+        or(or(rung, readable), or(links, or(timer, resolved))).await
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.
@@ -308,9 +354,40 @@ impl Driver {
         }
     }
 
-    /// By multicast on each link; who has no IPv4 there hears nothing.
+    /// By multicast on each link.
     fn beacon(&self, frame: &[u8]) {
-        let _ = frame;
+        let group = SocketAddr::new(LAN_GROUP.into(), self.port);
+        let to = if self.v6 { SocketAddr::new(LAN_GROUP.to_ipv6_mapped().into(), self.port) } else { group };
+        for link in &self.links {
+            let IpAddr::V4(interface) = link.address else { continue };
+            let sent = crate::sys::multicast_by(&self.socket, interface).and_then(|()| {
+                let transmit =
+                    Transmit { destination: to, ecn: None, contents: frame, segment_size: None, src_ip: None };
+                self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
+            });
+            if let Err(error) = sent {
+                log::debug!(target: "tunnel", "beacon by {interface}: {error}");
+            }
+        }
+    }
+
+    /// Which links we are on: new ones are listened on, and the node looks for paths anew.
+    fn refresh_links(&mut self) {
+        let found = match crate::netlink::reachable_at(&[]) {
+            Ok(found) => found,
+            Err(error) => return log::debug!(target: "tunnel", "{error:#}"),
+        };
+        let links: Vec<Link> =
+            found.iter().map(|(ip, prefix)| Link { address: (*ip).into(), prefix: *prefix }).collect();
+        for (ip, _) in found {
+            if !self.links.iter().any(|l| l.address == ip) {
+                // EADDRINUSE: we are a member by another address of the same link already.
+                let _ = self.socket.get_ref().join_multicast_v4(&LAN_GROUP, &ip);
+            }
+        }
+        let (now, port) = (self.clock.now(), self.port);
+        self.shared.node().set_links(now, links.clone(), port);
+        self.links = links;
     }
 
     fn receive(&self, rx: &mut [u8]) {

@@ -33,7 +33,7 @@ pub(super) enum Message {
 
 /// A NAT's mapping behaviour in RFC 4787's words (section 4.1), as far as two relays can tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mapping {
+pub(super) enum Mapping {
     #[default]
     Unknown,
     /// No NAT: a relay sees an address of ours.

@@ -451,7 +451,7 @@ mod tests {
         fn direct(&mut self, address: &str) -> SocketAddr {
             let (address, mut out) = (address.parse().unwrap(), Vec::new());
             self.paths.called(self.now, false, &[address], &mut out);
-            let pings = self.run(Duration::ZERO);
+            let pings = self.run(SCHEDULE[1]);
             let txid = pings.iter().find_map(|(_, d)| match d {
                 Do::Ping { to, txid } if *to == address => Some(*txid),
                 _ => None,
