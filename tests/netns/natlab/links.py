@@ -1,14 +1,7 @@
 """One link between two namespaces: made, impaired, cut, mended."""
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-
 from . import kernel
+from .compiled import compiled
 from .kernel import LabError
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Link:
@@ -88,7 +81,7 @@ class Link:
         tap = f"i{device}"[:15]
         log = f"{node.lab.folder}/shim-{node.name}-{device}.log"
         numbers = [int(delay * 1000), int(jitter * 1000), int(loss * 10000), int(rate * 1000), int(queue * 1000)]
-        shim = node.spawn(built(), device, tap, *map(str, numbers), log=log)
+        shim = node.spawn(compiled("shim.c"), device, tap, *map(str, numbers), log=log)
         self.shims.append(shim)
         from .world import wait_for
         wait_for(lambda: "ready" in shim.text() or not shim.alive(), what=f"shim on {node.name}/{device}")
@@ -96,27 +89,3 @@ class Link:
             raise LabError(f"shim on {node.name}/{device}: {shim.text().strip()}")
         self._tc(node, f"qdisc add dev {device} clsact")
         self._tc(node, f"filter add dev {device} egress protocol all u32 match u32 0 0 action mirred egress redirect dev {tap}")
-
-
-def built():
-    """Path of the shim; compiled on first use, kept under the build folder by the hash of its source."""
-    source = f"{HERE}/shim.c"
-    with open(source, "rb") as f:
-        name = f"shim-{hashlib.sha256(f.read()).hexdigest()[:12]}"
-    target = os.environ.get("CARGO_TARGET_DIR") or os.path.join(HERE, "..", "..", "..", "target")
-    folder = os.path.join(os.path.abspath(target), "netns")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        folder = tempfile.gettempdir()
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if not compiler:
-            raise LabError("a delay on a link needs a C compiler (apt-get install gcc libc6-dev)")
-        fresh = f"{path}.{os.getpid()}"
-        done = subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", fresh, source], capture_output=True, text=True)
-        if done.returncode:
-            raise LabError(f"{compiler} {source}: {done.stderr}")
-        os.replace(fresh, path)
-    return path
