@@ -198,7 +198,7 @@ def main():
         return stop()
     undo.sweep()
     before, begin = machine(), time.monotonic()
-    problem, figures, lab = None, {}, None
+    problem, figures, code, lab, cluster = None, {}, 0, None, None
     try:
         lab = Lab()
         say(f"• an internet, a relay and two sites behind port-restricted NATs, in namespaces {lab.prefix}-*")
@@ -208,10 +208,13 @@ def main():
         build(cluster)
         figures = show(cluster)
     except (AssertionError, LabError, TimeoutError, OSError) as e:
-        problem = str(e)
+        problem, code = str(e), 1
         say(f"\nIt did not work: {problem}")
-        for agent in cluster.agents.values() if lab and "cluster" in locals() else ():
+        for agent in cluster.agents.values() if cluster else ():
             say(f"\n--- the log of {agent.name}\n{agent.tail(30)}")
+    except SystemExit as e:  # the lab's handler of signals
+        problem, code = "interrupted", e.code
+        say("\n• interrupted")
     if options.keep and problem is None:
         invite(cluster)
         lab.ledger.keep()
@@ -221,7 +224,7 @@ def main():
         changed = [what for what in MACHINE if before[what] != after[what]]
         figures["clean"] = not changed
         if changed:
-            problem = problem or f"not as before: {', '.join(changed)}"
+            problem, code = problem or f"not as before: {', '.join(changed)}", code or 1
             for what in changed:
                 say(f"{what}: before {before[what]}, after {after[what]}")
         else:
@@ -230,7 +233,7 @@ def main():
     if problem:
         figures["problem"] = problem
     say(json.dumps({"path": figures.pop("path", None), **figures}))
-    return 1 if problem else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Agent:
             if not self.process.alive():
                 raise LabError(f"{self.name} ended with {self.process.wait()}:\n{self.tail()}")
             return self.ask("status", check=False)
-        wait_for(answers, READY, what=f"{self.name} answers `weft status`; its log:\n{self.tail()}")
+        wait_for(answers, READY, what=lambda: f"{self.name} answers `weft status`; its log:\n{self.tail()}")
 
     def ask(self, *command, check=True):
         """JSON that `weft COMMAND --json` prints; None where it fails and may."""
@@ -232,4 +232,4 @@ class Cluster:
         edges = [a for n, a in self.agents.items() if n.startswith("edge") and a.process]
         if "relay-1" in self.agents and self.agents["relay-1"].process:
             for agent in edges:
-                wait_for(agent.registered, READY, what=f"{agent.name} is registered at the relay; its log:\n{agent.tail()}")
+                wait_for(agent.registered, READY, what=lambda: f"{agent.name} is registered at the relay; its log:\n{agent.tail()}")

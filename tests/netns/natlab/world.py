@@ -273,14 +273,14 @@ class Lab:
 
 
 def wait_for(check, timeout=10.0, every=0.05, what=""):
-    """What `check` returns once it is true; raises after `timeout`, naming `what`."""
+    """What `check` returns once it is true; raises after `timeout`, naming `what` (a text, or what gives one then)."""
     until = time.monotonic() + timeout
     while True:
         found = check()
         if found:
             return found
         if time.monotonic() > until:
-            raise TimeoutError(f"not within {timeout:g} s: {what or check}")
+            raise TimeoutError(f"not within {timeout:g} s: {what() if callable(what) else what or check}")
         time.sleep(every)
 
 
