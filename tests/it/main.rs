@@ -1,2 +1,4 @@
 //! One integration binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod manifests;
