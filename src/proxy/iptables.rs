@@ -248,7 +248,7 @@ fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 }
 
 /// Refusals, the way in through a closed INPUT, and what is sent to our address without having been
-/// redirected (the way over lo stays open: the proxy itself closes those).
+/// redirected (that of the host itself is left to the proxy, which closes and counts it).
 fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     const RESET: &str = "-j REJECT --reject-with tcp-reset";
     const UNREACHABLE: &str = "-j REJECT --reject-with icmp-port-unreachable";
@@ -256,8 +256,9 @@ fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp -m tcp --dport {REFUSED} {RESET}")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp -m udp --dport {REFUSED} {UNREACHABLE}")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -m conntrack --ctstate DNAT -j ACCEPT")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p tcp {RESET}")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p udp {UNREACHABLE}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -i lo -j ACCEPT")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp {UNREACHABLE}")?;
     // What was redirected still names weft0 in OUTPUT: the route was chosen before.
     writeln!(f, "-A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN")?;
     writeln!(f, "-A WEFT-REJECT -d 224.0.0.0/4 -j RETURN")?;

@@ -139,8 +139,9 @@ COMMIT
 -A WEFT-INPUT -d 169.254.96.16/32 -p tcp -m tcp --dport 1 -j REJECT --reject-with tcp-reset
 -A WEFT-INPUT -d 169.254.96.16/32 -p udp -m udp --dport 1 -j REJECT --reject-with icmp-port-unreachable
 -A WEFT-INPUT -d 169.254.96.16/32 -m conntrack --ctstate DNAT -j ACCEPT
--A WEFT-INPUT -d 169.254.96.16/32 ! -i lo -p tcp -j REJECT --reject-with tcp-reset
--A WEFT-INPUT -d 169.254.96.16/32 ! -i lo -p udp -j REJECT --reject-with icmp-port-unreachable
+-A WEFT-INPUT -d 169.254.96.16/32 -i lo -j ACCEPT
+-A WEFT-INPUT -d 169.254.96.16/32 -p tcp -j REJECT --reject-with tcp-reset
+-A WEFT-INPUT -d 169.254.96.16/32 -p udp -j REJECT --reject-with icmp-port-unreachable
 -A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN
 -A WEFT-REJECT -d 224.0.0.0/4 -j RETURN
 -A WEFT-REJECT -p tcp -j REJECT --reject-with tcp-reset
