@@ -470,6 +470,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_missing_tool_is_named() {
+        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
+        assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
+    }
+
+    #[test]
     fn versions() {
         assert_eq!(version_of("iptables-restore v1.8.9 (nf_tables)"), Some([1, 8, 9]));
         assert_eq!(version_of("iptables-restore v1.6"), Some([1, 6, 0]));
