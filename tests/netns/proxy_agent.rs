@@ -110,7 +110,7 @@ fn main() {
         let table = Writer::new(Table::default());
         table.update(|t| t.apply(Change::Begin(Source::Config)));
         let counters = Rc::new(ProxyCounters::default());
-        let here = Here { node: "here".into(), network: "".into() };
+        let here = Here { node: "here".into(), ..Here::default() };
         let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::new());
         let reader = table.reader();
         let proxy = Proxy::bind(&cfg, listen, here, balancer, reader, None, counters.clone(), clock).unwrap();
