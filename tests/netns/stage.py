@@ -115,9 +115,14 @@ def kernel_state(node):
     state = {}
     for tool in ("iptables-save", "ip6tables-save"):
         with contextlib.suppress(LabError):
-            lines = node.run(tool, check=False).splitlines()
-            state[tool] = [re.sub(r"\[\d+:\d+\]", "", line).strip() for line in lines
-                           if line.startswith("-") or (line.startswith(":") and " ACCEPT " not in line)]
+            tables = {}
+            for line in node.run(tool, check=False).splitlines():
+                if line.startswith("*"):
+                    rules = tables.setdefault(line[1:], [])
+                elif line.startswith("-") or (line.startswith(":") and " ACCEPT " not in line):
+                    rules.append(re.sub(r" *\[\d+:\d+\]", "", line))
+            # iptables-save shows the tables in the order in which they were made: that is no difference.
+            state[tool] = [f"{table} {rule}" for table in sorted(tables) for rule in tables[table]]
     for what in ("link", "addr", "rule"):
         text = kernel.run(["ip", "-n", node.ns, "-o", what])
         state[what] = sorted(re.sub(r"(valid|preferred)_lft \S+|qlen \d+", "", line) for line in text.splitlines())
