@@ -327,7 +327,11 @@ fn reload(start: &Start, table: &Writer<Table>) {
 
 /// `[[service]]` is one complete list.
 fn feed(table: &Writer<Table>, services: &[StaticService]) {
-    table.update(|t| statics::changes(services).fold(false, |changed, change| t.apply(change) || changed));
+    table.update(|t| {
+        statics::changes(services).for_each(|change| {
+            t.apply(change);
+        })
+    });
     table.ring();
 }
 

@@ -155,6 +155,7 @@ pub struct Manifests {
     /// Patterns and directories that cannot be used, with the reason.
     complaints: BTreeMap<String, String>,
     loaded_once: bool,
+    pod_names: bool,
     sources: Sources,
 }
 
@@ -172,8 +173,16 @@ impl Manifests {
             files: BTreeMap::new(),
             complaints: BTreeMap::new(),
             loaded_once: false,
+            pod_names: false,
             sources: Sources::default(),
         }
+    }
+
+    /// Keeps the names of the endpoints' pods, which only a DNS that names endpoints by them needs.
+    #[must_use]
+    pub fn with_pod_names(mut self, on: bool) -> Self {
+        self.pod_names = on;
+        self
     }
 
     /// For `weft status`.
@@ -243,7 +252,7 @@ impl Manifests {
                 });
                 continue;
             }
-            let mut loading = Loading::new(at, &kept, objects, endpoints);
+            let mut loading = Loading::new(at, &kept, objects, endpoints, self.pod_names);
             let end = read(path, &self.table, &mut loading).await;
             (objects, endpoints) = (loading.objects, loading.endpoints);
             file.ids = loading.ids;

@@ -98,14 +98,30 @@ fn parse_address(text: &str) -> Option<IpAddr> {
     parts.next().is_none().then(|| Ipv4Addr::from(bytes).into())
 }
 
-/// An address that a connection may be sent to on behalf of others: none that is special on the machine itself.
-/// Link-local ones are allowed, for metaServer offers itself on one.
-fn address(field: impl FnOnce() -> String, text: &str) -> Result<IpAddr, Bad> {
+/// What an address is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// Clients connect to it, and the proxy takes the connection.
+    Virtual,
+    /// A connection is sent to it on behalf of others.
+    Target,
+}
+
+/// Hands out a machine's credentials in most clouds.
+const METADATA: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254));
+
+/// An address of one machine in the network: none that is special on this machine itself, as in Kubernetes' own checks.
+/// Only as a target an IPv4 link-local one is allowed, for KubeEdge's metaServer offers itself on one.
+fn address(of: Use, field: impl FnOnce() -> String, text: &str) -> Result<IpAddr, Bad> {
     let Some(address) = parse_address(text) else {
         return Err(Bad::new(field(), format!("{} is not an IP address", quote(text))));
     };
-    let broadcast = address == IpAddr::V4(Ipv4Addr::BROADCAST);
-    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || broadcast {
+    let special = address.is_unspecified() || address.is_loopback() || address.is_multicast() || address == METADATA;
+    let local = match address {
+        IpAddr::V4(v4) => v4.is_broadcast() || (v4.is_link_local() && of == Use::Virtual),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if special || local {
         return Err(Bad::new(field(), format!("{address} is not the address of one machine in the network")));
     }
     Ok(address)
@@ -154,14 +170,18 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
     }
     let mut external_ips = Vec::new();
     for (at, text) in spec.external_ips.iter().flatten().enumerate() {
-        external_ips.extend(dropped.keep(address(|| format!("spec.externalIPs[{at}]"), text)));
+        external_ips.extend(dropped.keep(address(Use::Virtual, || format!("spec.externalIPs[{at}]"), text)));
     }
     let ingress = raw.status.and_then(|s| s.load_balancer).and_then(|l| l.ingress).unwrap_or_default();
     for (at, ingress) in ingress.iter().enumerate() {
         // With the mode Proxy the load balancer must see the connection itself.
         let Some(ip) = ingress.ip.as_deref().filter(|ip| !ip.is_empty()) else { continue };
         if ingress.ip_mode.as_deref() != Some("Proxy") {
-            external_ips.extend(dropped.keep(address(|| format!("status.loadBalancer.ingress[{at}].ip"), ip)));
+            external_ips.extend(dropped.keep(address(
+                Use::Virtual,
+                || format!("status.loadBalancer.ingress[{at}].ip"),
+                ip,
+            )));
         }
     }
     external_ips.sort_unstable();
@@ -207,7 +227,7 @@ fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(Servic
     }
     let field = |at| if plural { format!("spec.clusterIPs[{at}]") } else { "spec.clusterIP".into() };
     let allocated = ips.iter().enumerate().filter(|(_, ip)| !ip.is_empty());
-    let vips = allocated.map(|(at, ip)| address(|| field(at), ip)).collect::<Result<_, _>>()?;
+    let vips = allocated.map(|(at, ip)| address(Use::Virtual, || field(at), ip)).collect::<Result<_, _>>()?;
     Ok((ServiceKind::ClusterIp, vips))
 }
 
@@ -306,7 +326,7 @@ pub fn slice(
         };
         for (index, text) in endpoint.addresses.iter().flatten().enumerate() {
             let field = || format!("endpoints[{at}].addresses[{index}]");
-            let Some(address) = dropped.keep(address(field, text)) else { continue };
+            let Some(address) = dropped.keep(address(Use::Target, field, text)) else { continue };
             if is_ipv4.is_some_and(|v4| v4 != address.is_ipv4()) {
                 dropped.note(Bad::new(field(), format!("{address} is not of the slice's addressType")));
                 continue;
@@ -339,7 +359,7 @@ pub fn subsets(
             for (at, raw) in addresses.iter().flatten().enumerate() {
                 let field = || format!("subsets[{index}].{list}[{at}].ip");
                 let ip = raw.ip.as_deref().unwrap_or("");
-                let Some(address) = dropped.keep(address(field, ip)) else { continue };
+                let Some(address) = dropped.keep(address(Use::Target, field, ip)) else { continue };
                 let beside = Beside {
                     hostname: raw.hostname.as_deref(),
                     node: raw.node.as_deref(),
@@ -363,7 +383,7 @@ pub fn node(name: Name, raw: types::Node, dropped: &mut Dropped, names: Intern<'
     let mut addresses = Vec::new();
     for (at, raw) in raw.status.and_then(|s| s.addresses).unwrap_or_default().iter().enumerate() {
         if let (Some("InternalIP" | "ExternalIP"), Some(text)) = (raw.kind.as_deref(), raw.address.as_deref()) {
-            addresses.extend(dropped.keep(address(|| format!("status.addresses[{at}].address"), text)));
+            addresses.extend(dropped.keep(address(Use::Target, || format!("status.addresses[{at}].address"), text)));
         }
     }
     addresses.dedup();

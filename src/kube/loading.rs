@@ -39,6 +39,7 @@ pub(super) struct Loading<'k> {
     pub(super) at: usize,
     /// What broken files named, with their place: a file before them must not take it over.
     pub(super) kept: &'k BTreeMap<ObjectId, usize>,
+    pod_names: bool,
     pub(super) ids: Vec<ObjectId>,
     /// Of all files so far.
     pub(super) objects: usize,
@@ -48,8 +49,14 @@ pub(super) struct Loading<'k> {
 }
 
 impl<'k> Loading<'k> {
-    pub(super) fn new(at: usize, kept: &'k BTreeMap<ObjectId, usize>, objects: usize, endpoints: usize) -> Self {
-        Self { at, kept, ids: Vec::new(), objects, endpoints, skipped: 0, troubles: Troubles::default() }
+    pub(super) fn new(
+        at: usize,
+        kept: &'k BTreeMap<ObjectId, usize>,
+        objects: usize,
+        endpoints: usize,
+        pod_names: bool,
+    ) -> Self {
+        Self { at, kept, pod_names, ids: Vec::new(), objects, endpoints, skipped: 0, troubles: Troubles::default() }
     }
 }
 
@@ -82,10 +89,15 @@ impl Sink for IntoTable<'_, '_, '_> {
 }
 
 impl IntoTable<'_, '_, '_> {
-    fn put(&mut self, object: Object) {
+    fn put(&mut self, mut object: Object) {
         let loading = &mut *self.loading;
-        let endpoints = match &object {
-            Object::Slice(slice) => slice.endpoints.len(),
+        let endpoints = match &mut object {
+            Object::Slice(slice) => {
+                if !loading.pod_names {
+                    slice.endpoints.iter_mut().for_each(|e| e.pod = None);
+                }
+                slice.endpoints.len()
+            }
             Object::Service(_) | Object::Node(_) => 0,
         };
         if loading.objects == OBJECTS_MAX {

@@ -10,11 +10,11 @@ fn name(prefix: &str, n: usize) -> Name {
 }
 
 fn service_id(rng: &mut fastrand::Rng) -> ServiceId {
-    ServiceId { namespace: name("ns", rng.usize(..3)), name: name("svc", rng.usize(..5)) }
+    ServiceId { namespace: name("ns", rng.usize(..2)), name: name("svc", rng.usize(..2)) }
 }
 
 fn address(rng: &mut fastrand::Rng) -> IpAddr {
-    if rng.bool() { [10, 0, 0, rng.u8(..12)].into() } else { [0xfd00, 0, 0, 0, 0, 0, 0, rng.u16(..12)].into() }
+    if rng.bool() { [10, 0, 0, rng.u8(..6)].into() } else { [0xfd00, 0, 0, 0, 0, 0, 0, rng.u16(..6)].into() }
 }
 
 fn addresses(rng: &mut fastrand::Rng, most: usize) -> Vec<IpAddr> {
@@ -161,7 +161,7 @@ fn seen(table: &Table) -> Seen {
         assert_eq!(table.service(&s.id.namespace, &s.id.name), Some(s));
         seen.endpoints.extend(table.endpoints(&s.id).map(|(slice, e)| (s.id.clone(), slice.id.clone(), e.clone())));
     }
-    let space = (0..12).flat_map(|n| [[10, 0, 0, n].into(), [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(n)].into()]);
+    let space = (0..6).flat_map(|n| [[10, 0, 0, n].into(), [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(n)].into()]);
     for address in space {
         seen.vips.extend(table.by_vip(address).map(|s| (address, s.id.clone())));
         seen.by_endpoint.extend(table.by_endpoint(address).map(|(s, e)| {
@@ -260,6 +260,22 @@ fn filled(source: Source) -> (Table, Seen) {
     table.apply(Change::Complete(source));
     let seen = seen(&table);
     (table, seen)
+}
+
+#[test]
+fn what_a_later_source_hides_is_no_visible_change() {
+    let node = |address: [u8; 4]| {
+        Object::Node(NodeInfo { name: "edge-1".into(), addresses: vec![address.into()], zone: None })
+    };
+    let mut table = Table::default();
+    assert!(table.apply(Change::Apply(Source::Api, node([10, 0, 0, 1]))));
+    let version = table.version();
+    for address in [[10, 0, 0, 2], [10, 0, 0, 3]] {
+        assert!(!table.apply(Change::Apply(Source::Config, node(address))));
+    }
+    assert_eq!(table.version(), version);
+    assert!(table.apply(Change::Delete(Source::Api, ObjectId::Node("edge-1".into()))));
+    assert_eq!(table.nodes_with([10, 0, 0, 3].into()), ["edge-1".into()]);
 }
 
 #[test]

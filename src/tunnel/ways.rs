@@ -84,7 +84,7 @@ impl Node {
             Do::Ping { to, txid } => self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid }),
             Do::CallMeMaybe { asks } => {
                 let message = Message::CallMeMaybe { asks, mapping: self.mapping(), candidates: self.candidates() };
-                let path = self.peers.get(name).and_then(|p| p.paths.relay().or(p.paths.current()));
+                let path = self.peers.get(name).and_then(|p| p.paths.relay().or_else(|| p.paths.current()));
                 if let Some(path) = path {
                     self.send_disco(now, name, path, &message);
                 }

@@ -9,3 +9,4 @@ mod dns_fixture;
 mod dns_mutations;
 mod dns_world;
 mod json;
+mod manifests;

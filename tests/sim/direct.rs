@@ -106,10 +106,10 @@ fn a_rebound_nat_of_either_side_loses_no_stream() {
             let mut last = p.world.now;
             let done = p.world.run(60 * SEC, |w| {
                 let chunk = [7; 4000];
-                if sent < 1_000_000 {
-                    if let Progress::Bytes(n) = w.hosts[from.host].node.write(from.key, &chunk) {
-                        sent += n;
-                    }
+                if sent < 1_000_000
+                    && let Progress::Bytes(n) = w.hosts[from.host].node.write(from.key, &chunk)
+                {
+                    sent += n;
                 }
                 let mut buf = [0; 64 << 10];
                 while let Progress::Bytes(n) = w.hosts[to.host].node.read(to.key, &mut buf) {

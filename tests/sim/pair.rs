@@ -16,7 +16,10 @@ pub const SEC: Duration = Duration::from_secs(1);
 pub fn seeds(few: u64) -> std::ops::Range<u64> {
     let number = |name| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
     crate::log_to_stderr();
-    number("WEFT_SEED").map_or(0..number("WEFT_SEEDS").unwrap_or(few), |seed| seed..seed + 1)
+    match number("WEFT_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("WEFT_SEEDS").unwrap_or(few),
+    }
 }
 pub const LATER: u64 = NOW + 1_000_000;
 

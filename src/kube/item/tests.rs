@@ -237,6 +237,16 @@ fn bad_addresses_are_left_out_alone() {
 }
 
 #[test]
+fn link_local_addresses_are_targets_at_most() {
+    let endpoints = r#"{"addresses":["169.254.30.10"]},{"addresses":["169.254.169.254"]},{"addresses":["fe80::1"]}"#;
+    let (slice, trouble) = good_slice(&format!(r#""endpoints":[{endpoints}]"#));
+    let ips: Vec<_> = slice.endpoints.iter().map(|e| e.address).collect();
+    assert_eq!(ips, addresses(&["169.254.30.10"]));
+    assert!(trouble.unwrap().ends_with("left out, and 1 more"));
+    assert!(matches!(service(r#""spec":{"clusterIP":"169.254.96.16"}"#), Read::Bad(_)));
+}
+
+#[test]
 fn slices_that_are_none_of_ours() {
     let fqdn = slice(r#""addressType":"FQDN","endpoints":[{"addresses":["x.example.com"]}]"#);
     assert_eq!(fqdn, Read::Objects(vec![], None));

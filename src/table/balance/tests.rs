@@ -119,6 +119,9 @@ fn random_is_about_even() {
 fn an_address_in_two_slices_counts_once() {
     let mut world = World::new(service(), three());
     world.put(slice("web-2", vec![endpoint("10.1.0.1", Some("edge-2"))]));
+    let Object::Slice(mut other_ports) = slice("web-3", vec![endpoint("10.1.0.2", Some("edge-2"))]) else { panic!() };
+    other_ports.ports.pop();
+    world.put(Object::Slice(other_ports));
     assert_eq!(world.spread(999).into_values().collect::<Vec<_>>(), [333; 3]);
 }
 
