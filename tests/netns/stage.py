@@ -18,8 +18,8 @@ WEB, FAR, LOCAL, NONE, BOTH, STICKY, LAME, FAR_LAME, ECHO = (f"10.96.0.{n}" for 
 class Stage:
     """Two sites. Site 2 serves most; site 1 asks. `close` ends the servers; the lab ends the rest."""
 
-    def __init__(self, lab, start=True, **tables):
-        self.lab, self.cluster = lab, Cluster(lab)
+    def __init__(self, lab, start=True, nats=("port-restricted", "port-restricted"), **tables):
+        self.lab, self.cluster = lab, Cluster(lab, nats)
         one, two = self.one, self.two = self.cluster.sites.values()
         dns = self.cluster.dns_host
         servers.dns(dns.udp(port=53), dns.listen(53), self.cluster.zone)
@@ -57,6 +57,15 @@ class Stage:
 
     def logs(self, lines=12):
         return " | ".join(f"{a.name}: {a.tail(lines)}" for a in self.cluster.agents.values())
+
+
+def works(stage, timeout=2.0):
+    """Whether a new connection from site 1's LAN reaches site 2."""
+    with contextlib.suppress(OSError):
+        with stage.one.client.tcp(WEB, 80, timeout=timeout) as s:
+            s.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return b"site 2" in read_all(s)
+    return False
 
 
 def curl(node, url, *options, timeout=20):
@@ -204,4 +213,4 @@ def main(theme):
 
 
 __all__ = ["Skip", "Stage", "curl", "difference", "expect", "fetch_sha256", "kernel_state", "limit_files", "main", "many",
-           "read_all", "refused", "wait_for"]
+           "read_all", "refused", "wait_for", "works"]
