@@ -50,27 +50,45 @@ pub struct Views {
     pub dns_counters: Option<Rc<DnsCounters>>,
     pub proxy_counters: Option<Rc<ProxyCounters>>,
     pub tunnel_counters: Option<Rc<TunnelCounters>>,
-    pub sources: Box<dyn Fn() -> Vec<String>>,
+    pub sources: Box<dyn Fn() -> Vec<view::Source>>,
     pub parts: Box<dyn Fn() -> Vec<view::Part>>,
     pub warnings: Box<dyn Fn() -> Vec<String>>,
     pub resolve: Box<dyn Fn(&str) -> view::Resolution>,
 }
 
-/// The server.
-pub struct Admin {
+/// The place where the agent is asked: taken first of all, for it tells that no other agent is at work here.
+pub struct Socket {
     listener: Async<UnixListener>,
-    views: Rc<Views>,
-    _socket: SocketFile,
+    _file: SocketFile,
 }
 
-impl Admin {
+impl Socket {
     /// Listens at `path`, which only the owner may use; takes the place of a socket that nobody answers any more.
     ///
     /// # Errors
     /// When another agent answers there, or the socket cannot be made.
-    pub fn bind(path: &Path, views: Views) -> anyhow::Result<Self> {
-        let (listener, socket) = listen(path).with_context(|| format!("admin socket {}", path.display()))?;
-        Ok(Self { listener: Async::new(listener)?, views: Rc::new(views), _socket: socket })
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        let (listener, file) = listen(path).with_context(|| format!("admin socket {}", path.display()))?;
+        Ok(Self { listener: Async::new(listener)?, _file: file })
+    }
+}
+
+/// Whether an agent answers at `path`.
+#[must_use]
+pub fn is_answered(path: &Path) -> bool {
+    UnixStream::connect(path).is_ok()
+}
+
+/// The server.
+pub struct Admin {
+    socket: Socket,
+    views: Rc<Views>,
+}
+
+impl Admin {
+    #[must_use]
+    pub fn new(socket: Socket, views: Views) -> Self {
+        Self { socket, views: Rc::new(views) }
     }
 
     /// Serves for ever. The socket's file goes when this is dropped.
@@ -84,7 +102,7 @@ impl Admin {
             .run(async {
                 loop {
                     let place = places.acquire_arc().await;
-                    let Ok((client, _)) = self.listener.accept().await else {
+                    let Ok((client, _)) = self.socket.listener.accept().await else {
                         Timer::after(ACCEPT_AGAIN).await;
                         continue;
                     };
@@ -212,7 +230,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 fn listen(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-    if UnixStream::connect(path).is_ok() {
+    if is_answered(path) {
         bail!("another agent answers there");
     }
     if fs::symlink_metadata(path).is_ok_and(|m| m.mode() & libc::S_IFMT != libc::S_IFSOCK) {

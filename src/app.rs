@@ -1,16 +1,19 @@
 //! The agent: the parts in the order in which they need each other, as named tasks of one executor; signals; the drain.
 
+mod checks;
+mod shown;
+
 use crate::{
-    admin::{Admin, Views, resolve, view},
+    admin::{Admin, Socket, Views, resolve},
     ca,
     clock::{BUILT, Clock},
     config::{Config, StaticService},
     dns::{
-        self,
+        self, Resolver,
         answer::{Answerer, Outcome, Via},
         zone::Zone,
     },
-    kube::{Manifests, SourceStatus, Sources},
+    kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
     proxy::{Proxy, rules::Ports},
@@ -22,31 +25,29 @@ use crate::{
         balance::{Balancer, Here},
         statics,
     },
-    tunnel::{
-        self,
-        identity::{Bundle, NAME_RULE, Roles, node_name, utc},
-    },
+    tasks::Tasks,
+    tunnel::{self, identity::Bundle},
 };
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use async_signal::{Signal, Signals};
-use futures_lite::{FutureExt, StreamExt, future::or};
+use futures_lite::{
+    StreamExt,
+    future::{or, pending},
+};
 use log::LevelFilter;
-use smol::{LocalExecutor, Task, Timer};
+use shown::Shown;
+use smol::{LocalExecutor, Timer};
 use std::{
     cell::RefCell,
     collections::BTreeSet,
     fs,
-    future::poll_fn,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     rc::Rc,
-    task::Poll,
     time::Duration,
 };
 
-/// A certificate that ends sooner is warned of.
-const RENEW_SECS: u64 = 30 * 86_400;
 /// For what is said to peers and relays at the end.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -62,7 +63,7 @@ pub struct Start {
     pub log: Option<LevelFilter>,
 }
 
-/// Runs until SIGTERM or SIGINT, or until a part fails.
+/// Runs until SIGTERM or SIGINT, or until a part fails; leaves nothing behind.
 ///
 /// # Errors
 /// When a part cannot start or has ended; the text names it.
@@ -71,21 +72,44 @@ pub fn run(start: Start) -> anyhow::Result<()> {
     smol::block_on(executor.run(agent(Rc::clone(&executor), start)))
 }
 
+/// Removes what a killed agent left in the kernel, and says what that was.
+///
+/// # Errors
+/// When something is left.
+pub fn cleanup() -> anyhow::Result<Vec<String>> {
+    rules::cleanup()
+}
+
 async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Result<()> {
     // Before anything is changed in the kernel, so that a signal undoes it.
     let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("signals")?;
     let clock = Clock::new(BUILT);
     let config = &start.config;
     let bundle = start.bundle.as_deref().or(config.node.bundle.as_deref()).map(read_bundle).transpose()?;
-    let node = name(config, bundle.as_ref())?;
-    let warnings = warnings(config, bundle.as_ref(), clock.unix());
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let node = checks::name(config, bundle.as_ref(), &host)?;
+    checks::relay(config, bundle.as_ref())?;
+    // Before any rule is looked at: a living agent's must not be taken for those of a dead one.
+    let socket = Socket::bind(&config.admin.socket)?;
     log::info!("weft {} as node {node}", env!("CARGO_PKG_VERSION"));
-    warnings.iter().for_each(|w| log::warn!("{w}"));
+    checks::warnings(config, bundle.as_ref(), clock.unix()).iter().for_each(|w| log::warn!("{w}"));
 
     let table = Rc::new(Writer::new(Table::default()));
     feed(&table, &config.services);
-    let mut tasks = Tasks::new(executor);
-    let Parts { undo, tunnel } = parts(&mut tasks, config, bundle, &node, &table, clock, warnings)?;
+    let mut wiring =
+        Wiring { tasks: Tasks::new(executor), config, bundle, node, table, clock, counts: Counts::default() };
+    let started = wiring.parts(socket);
+    let Wiring { mut tasks, table, .. } = wiring;
+    let Parts { undo, tunnel } = match started {
+        Ok(parts) => parts,
+        Err(why) => {
+            tasks.stop_all_but(&[]).await;
+            if wants_kernel(config) {
+                let _ = rules::cleanup().map_err(|left| log::warn!("{left:#}"));
+            }
+            return Err(why);
+        }
+    };
 
     let ended = loop {
         let signal = async { Ok(signals.next().await) };
@@ -96,211 +120,37 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
                 break Ok(());
             }
             Ok(Some(Err(_)) | None) => break Err(anyhow::anyhow!("signals can no longer be received")),
-            Err((name, result)) => {
-                let why = result.err().unwrap_or_else(|| anyhow::anyhow!("it should run for ever"));
-                break Err(why.context(format!("{name} has ended")));
+            Err((name, why)) => break Err(why.context(format!("{name} has ended"))),
+        }
+    };
+    let impatience = async {
+        while let Some(signal) = signals.next().await {
+            if !matches!(signal, Ok(Signal::Hup)) {
+                bail!("a second signal: left in haste; `weft cleanup` removes what is still in the kernel");
             }
         }
+        pending().await
     };
+    let drained = or(drain(tasks, undo, tunnel), impatience).await;
+    ended.and(drained)
+}
+
+/// Connections end while their packets still find the way back; then a word to peers and relays; then the rules.
+async fn drain(mut tasks: Tasks, undo: Option<Undo>, tunnel: Option<tunnel::Handle>) -> anyhow::Result<()> {
+    tasks.stop_all_but(&["rules", "tunnel"]).await;
     if let Some(tunnel) = tunnel {
-        or(tunnel.close(), after(GOODBYE)).await;
+        let patience = async {
+            Timer::after(GOODBYE).await;
+        };
+        or(tunnel.close(), patience).await;
     }
-    tasks.stop().await;
+    // While the rules' own task still runs: a sync under way comes to its end.
     let undone = match undo {
-        Some(undo) => undo.undo().await.map(|done| done.iter().for_each(|what| log::info!("{what}"))),
+        Some(undo) => undo.undo().await.map(|done| done.iter().for_each(|what| log::info!("removed {what}"))),
         None => Ok(()),
     };
-    ended.and(undone)
-}
-
-/// What the end of the process has to do.
-struct Parts {
-    undo: Option<Undo>,
-    tunnel: Option<tunnel::Handle>,
-}
-
-/// The parts in the order in which they need each other.
-fn parts(
-    tasks: &mut Tasks,
-    config: &Config,
-    bundle: Option<Bundle>,
-    node: &str,
-    table: &Rc<Writer<Table>>,
-    clock: Clock,
-    warnings: Vec<String>,
-) -> anyhow::Result<Parts> {
-    let mark = config.proxy.mark;
-    let listen = config.dns.listen;
-    let kernel = config.dns.enable || config.proxy.enable;
-    let counters =
-        (Rc::new(DnsCounters::default()), Rc::new(ProxyCounters::default()), Rc::new(TunnelCounters::default()));
-    if let Err(why) = sys::raise_nofile() {
-        log::warn!("the limit of open files stays as it is: {why}");
-    }
-    if kernel {
-        // What a killed agent left would send packets to ports that nobody listens on.
-        for what in rules::cleanup().context("what an agent before us left in the kernel")? {
-            log::info!("{what}");
-        }
-        let IpAddr::V4(ip) = listen.ip() else { bail!("dns.listen: weft0 needs an IPv4 address") };
-        let device = netlink::ensure_device(ip)?;
-        log::info!("weft0 is a {} with {ip}", device.kind);
-    }
-
-    let manifests = Manifests::new(&config.kube.manifests, Rc::clone(table), clock);
-    let sources = manifests.sources();
-    tasks.spawn("manifests", manifests.run());
-
-    let zone = Zone::new(&config.dns, u32::try_from(clock.unix()).unwrap_or(u32::MAX))?;
-    let (resolver, dns_port) = if config.dns.enable {
-        let server = dns::Server::bind(&config.dns, table.reader(), Rc::clone(&counters.0), clock, mark)?;
-        let (resolver, port) = (server.resolver(), server.port());
-        tasks.spawn("dns", server.run());
-        (resolver, Some(port))
-    } else {
-        let forwarder = dns::Forwarder::new(&config.dns, Rc::clone(&counters.0), clock, mark);
-        let resolver = forwarder.resolver();
-        tasks.spawn("resolver", forwarder.run());
-        (resolver, None)
-    };
-
-    let tunnel = match bundle {
-        Some(bundle) if config.tunnel.enable || config.relay.enable => {
-            let lookup: tunnel::Lookup = Rc::new(move |host| {
-                let resolver = resolver.clone();
-                Box::pin(async move { resolver.lookup(&host).await })
-            });
-            let setup = tunnel::Setup {
-                name: node.into(),
-                bundle,
-                key: None,
-                is_relay: config.relay.enable,
-                mark,
-                lookup,
-                clock,
-                counters: Rc::clone(&counters.2),
-            };
-            let (driver, handle) = tunnel::Driver::bind(&config.tunnel, setup)?;
-            log::info!("tunnel on UDP {}", driver.local_addr()?);
-            tasks.spawn("tunnel", driver.run());
-            Some(handle)
-        }
-        Some(_) | None => None,
-    };
-
-    let proxy_port = if config.proxy.enable {
-        let here = Here {
-            node: node.into(),
-            network: config.node.network.as_str().into(),
-            zone: config.node.zone.as_str().into(),
-            neighbours: BTreeSet::new(),
-        };
-        let balancer = Balancer::new(config.balancer.default, fastrand::Rng::new());
-        let (reader, counter) = (table.reader(), Rc::clone(&counters.1));
-        let proxy = Proxy::bind(&config.proxy, listen.ip(), here, balancer, reader, tunnel.clone(), counter, clock)?;
-        let port = proxy.port();
-        tasks.spawn("proxy", proxy.run());
-        Some(port)
-    } else {
-        None
-    };
-
-    let (undo, status) = if kernel {
-        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (listen.port(), port)) };
-        let rules = Rules::new(&config.proxy, listen.ip(), ports, table.reader(), Rc::clone(&counters.1), clock)?;
-        let (undo, status) = (rules.undo(), rules.status());
-        tasks.spawn("rules", rules.run());
-        (Some(undo), Some(status))
-    } else {
-        (None, None)
-    };
-
-    let shown = Shown { dns_port, proxy_port, listen, tunnel: tunnel.clone(), relay: config.relay.enable, status };
-    let answerer = RefCell::new(Answerer::new(zone));
-    let (domain, reader) = (config.dns.domain.clone(), table.reader());
-    let views = Views {
-        node: node.into(),
-        clock,
-        table: table.reader(),
-        tunnel: tunnel.clone(),
-        dns_counters: Some(counters.0),
-        proxy_counters: Some(counters.1),
-        tunnel_counters: Some(counters.2),
-        sources: Box::new({
-            let statics = !config.services.is_empty();
-            move || list_sources(statics, &sources)
-        }),
-        parts: Box::new(move || shown.parts()),
-        warnings: Box::new(move || warnings.clone()),
-        resolve: Box::new(move |name| {
-            resolve::resolve(name, &domain, |query| {
-                let mut reply = Vec::new();
-                let outcome = reader.read(|t| answerer.borrow_mut().reply(query, Via::Tcp, t, &mut reply));
-                match outcome {
-                    Outcome::Reply | Outcome::Reject => resolve::Exchange::Reply(reply),
-                    Outcome::Forward | Outcome::Chase(_) | Outcome::Drop => resolve::Exchange::Foreign,
-                }
-            })
-        }),
-    };
-    tasks.spawn("admin", Admin::bind(&config.admin.socket, views)?.run());
-    Ok(Parts { undo, tunnel })
-}
-
-async fn after(patience: Duration) {
-    Timer::after(patience).await;
-}
-
-/// For `weft status`: what runs, and where.
-struct Shown {
-    dns_port: Option<u16>,
-    proxy_port: Option<u16>,
-    listen: SocketAddr,
-    tunnel: Option<tunnel::Handle>,
-    relay: bool,
-    status: Option<Reader<rules::Status>>,
-}
-
-impl Shown {
-    fn parts(&self) -> Vec<view::Part> {
-        let part = |name: &str, on: bool, note: String| view::Part { name: name.into(), on, note };
-        let ip = self.listen.ip();
-        let behind = |port: Option<u16>, named: &str| port.map_or_else(String::new, |p| format!("{named} {ip}:{p}"));
-        let rules = self.status.as_ref().map(|s| s.read(Clone::clone));
-        let load = self.tunnel.as_ref().and_then(tunnel::Handle::relay_load);
-        vec![
-            part("dns", self.dns_port.is_some(), behind(self.dns_port, &format!("{} by", self.listen))),
-            part("proxy", self.proxy_port.is_some(), behind(self.proxy_port, "TCP by")),
-            part(
-                "rules",
-                rules.as_ref().is_some_and(|r| r.version.is_some()),
-                rules.map(|r| rules_note(&r)).unwrap_or_default(),
-            ),
-            part("tunnel", self.tunnel.is_some(), String::new()),
-            part(
-                "relay",
-                self.relay && load.is_some(),
-                load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows)).unwrap_or_default(),
-            ),
-        ]
-    }
-}
-
-fn rules_note(r: &rules::Status) -> String {
-    let mut out = format!("weft0 ({}), {} rules, {} routes, {}", r.device, r.rules, r.routes, r.backend);
-    for text in r.errors.iter().chain(&r.notes) {
-        out.push_str("; ");
-        out.push_str(text);
-    }
-    out
-}
-
-/// Removes what a killed agent left in the kernel.
-///
-/// # Errors
-/// When something is left.
-pub fn cleanup() -> anyhow::Result<Vec<String>> {
-    rules::cleanup()
+    tasks.stop_all_but(&[]).await;
+    undone
 }
 
 /// Takes over what can be changed while running, and says what cannot.
@@ -312,13 +162,7 @@ fn reload(start: &Start, table: &Writer<Table>) {
     };
     log::set_max_level(start.log.unwrap_or(new.node.log));
     feed(table, &new.services);
-    let cheap = |c: &Config| {
-        let mut c = c.clone();
-        c.services.clear();
-        c.node.log = LevelFilter::Off;
-        c
-    };
-    if cheap(&new) == cheap(&start.config) {
+    if checks::reloads(&start.config, &new) {
         log::info!("reload: {} services of the configuration", new.services.len());
     } else {
         log::warn!("reload: [[service]] and node.log are taken over; what else has changed needs a restart");
@@ -328,20 +172,11 @@ fn reload(start: &Start, table: &Writer<Table>) {
 /// `[[service]]` is one complete list.
 fn feed(table: &Writer<Table>, services: &[StaticService]) {
     table.update(|t| {
-        statics::changes(services).for_each(|change| {
+        for change in statics::changes(services) {
             t.apply(change);
-        })
+        }
     });
     table.ring();
-}
-
-fn list_sources(statics: bool, manifests: &Sources) -> Vec<String> {
-    let named = |s: &SourceStatus| match &s.last_error {
-        Some(error) => format!("manifests {}: {error}", s.name),
-        None => format!("manifests {}: {} objects", s.name, s.objects),
-    };
-    let first = statics.then(|| "config".to_owned());
-    first.into_iter().chain(manifests.list().iter().map(named)).collect()
 }
 
 fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
@@ -352,79 +187,187 @@ fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
     ca::read_bundle(path).context("bundle")
 }
 
-/// The config's, else the bundle's, else the host's.
-fn name(config: &Config, bundle: Option<&Bundle>) -> anyhow::Result<String> {
-    let wanted = &config.node.name;
-    if let Some(bundle) = bundle {
-        let issued = &bundle.certificate.name;
-        ensure!(wanted.is_empty() || wanted == issued, "node.name is {wanted}, and the bundle is {issued}'s");
-        return Ok(issued.clone());
-    }
-    if !wanted.is_empty() {
-        return Ok(wanted.clone());
-    }
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").context("the host's name")?.trim().to_ascii_lowercase();
-    ensure!(node_name(&host).is_some(), "the host's name {host:?} names no node ({NAME_RULE}): set node.name");
-    Ok(host)
+/// Whether weft0 and rules are wanted.
+fn wants_kernel(config: &Config) -> bool {
+    config.dns.enable || config.proxy.enable
 }
 
-/// What is no error and should not stay so.
-fn warnings(config: &Config, bundle: Option<&Bundle>, now: u64) -> Vec<String> {
-    let mut out = Vec::new();
-    match bundle {
-        None if config.tunnel.enable || config.relay.enable => {
-            out.push("there is no bundle, and so no tunnel: other nodes' endpoints cannot be reached".into());
+#[derive(Default)]
+struct Counts {
+    dns: Rc<DnsCounters>,
+    proxy: Rc<ProxyCounters>,
+    tunnel: Rc<TunnelCounters>,
+}
+
+/// What the end of the process has to do.
+struct Parts {
+    undo: Option<Undo>,
+    tunnel: Option<tunnel::Handle>,
+}
+
+/// What the parts are made from.
+struct Wiring<'c> {
+    tasks: Tasks,
+    config: &'c Config,
+    bundle: Option<Bundle>,
+    node: String,
+    table: Rc<Writer<Table>>,
+    clock: Clock,
+    counts: Counts,
+}
+
+impl Wiring<'_> {
+    /// Each part in the order in which they need each other.
+    fn parts(&mut self, socket: Socket) -> anyhow::Result<Parts> {
+        if let Err(why) = sys::raise_nofile() {
+            log::warn!("the limit of open files stays as it is: {why}");
         }
-        None => {}
-        Some(bundle) => {
-            let c = &bundle.certificate;
-            if let Err(why) = c.verify(&bundle.ca, now) {
-                out.push(format!("{why}: other nodes refuse us; `weft ca issue --node {}` makes a new one", c.name));
-            } else if c.not_after - now < RENEW_SECS {
-                out.push(format!("the certificate ends on {}", utc(c.not_after)));
-            }
-            if config.relay.enable && !c.roles.contains(Roles::RELAY) {
-                out.push("relay.enable, and the certificate has not the role relay: nodes will not use us".into());
-            }
+        self.weft0()?;
+        let manifests = self.manifests();
+        let (resolver, dns_port) = self.dns()?;
+        let tunnel = self.tunnel(resolver)?;
+        let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
+        let proxy_port = self.proxy(handle.clone())?;
+        let (undo, rules) = self.rules(dns_port, proxy_port)?.unzip();
+        let shown = Shown {
+            config: self.config.clone(),
+            bundle: self.bundle.as_ref().map(|b| Bundle { key: None, psks: Vec::new(), ..b.clone() }),
+            clock: self.clock,
+            table: self.table.reader(),
+            manifests,
+            dns_port,
+            proxy_port,
+            rules,
+            tunnel,
+        };
+        self.admin(socket, shown)?;
+        Ok(Parts { undo, tunnel: handle })
+    }
+
+    fn weft0(&self) -> anyhow::Result<()> {
+        if !wants_kernel(self.config) {
+            return Ok(());
         }
-    }
-    out
-}
-
-/// Named tasks; the first that ends ends the process.
-struct Tasks {
-    executor: Rc<LocalExecutor<'static>>,
-    running: Vec<(&'static str, Task<anyhow::Result<()>>)>,
-}
-
-impl Tasks {
-    fn new(executor: Rc<LocalExecutor<'static>>) -> Self {
-        Self { executor, running: Vec::new() }
+        // What a killed agent left would send packets to ports that nobody listens on.
+        for what in rules::cleanup().context("what an agent before us left in the kernel")? {
+            log::info!("removed {what}, left by an agent before us");
+        }
+        let IpAddr::V4(ip) = self.config.dns.listen.ip() else { bail!("dns.listen: weft0 needs an IPv4 address") };
+        netlink::ensure_device(ip)?;
+        Ok(())
     }
 
-    fn spawn(&mut self, name: &'static str, task: impl Future<Output = anyhow::Result<()>> + 'static) {
-        self.running.push((name, self.executor.spawn(task)));
+    fn manifests(&mut self) -> Sources {
+        let manifests = Manifests::new(&self.config.kube.manifests, Rc::clone(&self.table), self.clock);
+        let sources = manifests.sources();
+        self.tasks.spawn("manifests", manifests.run());
+        sources
     }
 
-    async fn ended(&mut self) -> (&'static str, anyhow::Result<()>) {
-        poll_fn(|cx| {
-            for at in 0..self.running.len() {
-                let (name, task) = &mut self.running[at];
-                if let Poll::Ready(result) = task.poll(cx) {
-                    let name = *name;
-                    drop(self.running.swap_remove(at));
-                    return Poll::Ready((name, result));
+    /// Also without DNS: the tunnel looks up its relays.
+    fn dns(&mut self) -> anyhow::Result<(Resolver, Option<u16>)> {
+        let (cfg, counters, mark) = (&self.config.dns, Rc::clone(&self.counts.dns), self.config.proxy.mark);
+        if !cfg.enable {
+            let forwarder = dns::Forwarder::new(cfg, counters, self.clock, mark);
+            let resolver = forwarder.resolver();
+            self.tasks.spawn("resolver", forwarder.run());
+            return Ok((resolver, None));
+        }
+        let server = dns::Server::bind(cfg, self.table.reader(), counters, self.clock, mark)?;
+        let (resolver, port) = (server.resolver(), server.port());
+        self.tasks.spawn("dns", server.run());
+        Ok((resolver, Some(port)))
+    }
+
+    fn tunnel(&mut self, resolver: Resolver) -> anyhow::Result<Option<(SocketAddr, tunnel::Handle)>> {
+        let Some(bundle) = self.bundle.clone().filter(|_| self.config.tunnel.enable) else { return Ok(None) };
+        let setup = tunnel::Setup {
+            name: self.node.clone(),
+            bundle,
+            key: None,
+            is_relay: self.config.relay.enable,
+            mark: self.config.proxy.mark,
+            lookup: Rc::new(move |host| {
+                let resolver = resolver.clone();
+                Box::pin(async move { resolver.lookup(&host).await })
+            }),
+            clock: self.clock,
+            counters: Rc::clone(&self.counts.tunnel),
+        };
+        let (driver, handle) = tunnel::Driver::bind(&self.config.tunnel, setup)?;
+        let at = driver.local_addr()?;
+        log::info!("tunnel on UDP {at}");
+        self.tasks.spawn("tunnel", driver.run());
+        Ok(Some((at, handle)))
+    }
+
+    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<u16>> {
+        let Config { node, dns, proxy, balancer, .. } = self.config;
+        if !proxy.enable {
+            return Ok(None);
+        }
+        let here = Here {
+            node: self.node.as_str().into(),
+            network: checks::network(self.config, self.bundle.as_ref()).into(),
+            zone: node.zone.as_str().into(),
+            neighbours: BTreeSet::new(),
+        };
+        let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
+        let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
+        let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
+        let port = proxy.port();
+        self.tasks.spawn("proxy", proxy.run());
+        Ok(Some(port))
+    }
+
+    fn rules(
+        &mut self,
+        dns_port: Option<u16>,
+        proxy_port: Option<u16>,
+    ) -> anyhow::Result<Option<(Undo, Reader<rules::Status>)>> {
+        if !wants_kernel(self.config) {
+            return Ok(None);
+        }
+        let Config { dns, proxy, .. } = self.config;
+        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (dns.listen.port(), port)) };
+        let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
+        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, counters, self.clock)?;
+        let shared = (rules.undo(), rules.status());
+        self.tasks.spawn("rules", rules.run());
+        Ok(Some(shared))
+    }
+
+    fn admin(&mut self, socket: Socket, shown: Shown) -> anyhow::Result<()> {
+        let serial = u32::try_from(self.clock.unix()).unwrap_or(u32::MAX);
+        let answerer = RefCell::new(Answerer::new(Zone::new(&self.config.dns, serial)?));
+        let (domain, table) = (self.config.dns.domain.clone(), self.table.reader());
+        let resolve = move |name: &str| {
+            resolve::resolve(name, &domain, |query| {
+                let mut reply = Vec::new();
+                let outcome = table.read(|t| answerer.borrow_mut().reply(query, Via::Tcp, t, &mut reply));
+                match outcome {
+                    // Of a chase: the CNAME that leads out of the cluster.
+                    Outcome::Reply | Outcome::Reject | Outcome::Chase(_) => resolve::Exchange::Reply(reply),
+                    Outcome::Forward | Outcome::Drop => resolve::Exchange::Foreign,
                 }
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
-    /// Cancels all, the last first, and waits until each has let go of what it held.
-    async fn stop(mut self) {
-        while let Some((_, task)) = self.running.pop() {
-            task.cancel().await;
-        }
+            })
+        };
+        let shown = Rc::new(shown);
+        let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
+        let views = Views {
+            node: self.node.clone(),
+            clock: self.clock,
+            table: self.table.reader(),
+            tunnel: shown.tunnel.as_ref().map(|(_, handle)| handle.clone()),
+            dns_counters: Some(Rc::clone(&self.counts.dns)),
+            proxy_counters: Some(Rc::clone(&self.counts.proxy)),
+            tunnel_counters: Some(Rc::clone(&self.counts.tunnel)),
+            sources: Box::new(move || sources.sources()),
+            parts: Box::new(move || parts.parts()),
+            warnings: Box::new(move || warnings.warnings()),
+            resolve: Box::new(resolve),
+        };
+        self.tasks.spawn("admin", Admin::new(socket, views).run());
+        Ok(())
     }
 }

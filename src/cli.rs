@@ -2,6 +2,7 @@
 
 mod args;
 pub mod self_test;
+mod show;
 
 use crate::{
     admin::{self, render, view},
@@ -10,7 +11,7 @@ use crate::{
     clock::{BUILT, Clock},
     config::{Config, LoadError},
     log,
-    tunnel::identity::{Bundle, Certificate, Roles, utc},
+    tunnel::identity::{Certificate, Roles, utc},
 };
 use anyhow::{Context, bail};
 use argh::FromArgs;
@@ -62,13 +63,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             CaCommand::Issue(c) => issue(c),
             CaCommand::Show(c) => show(&c),
         },
-        Command::Cleanup(args::Cleanup {}) => {
-            log::start(::log::LevelFilter::Info);
-            match app::cleanup()? {
-                removed if removed.is_empty() => out("nothing was left\n"),
-                removed => out(&(removed.join("\n") + "\n")),
-            }
-        }
+        Command::Cleanup(c) => cleanup(&c.socket),
         Command::Version(c) => version(&c),
     }
 }
@@ -78,6 +73,19 @@ fn start(run: args::Run) -> anyhow::Result<()> {
     let config = run.config.as_deref().map_or_else(|| Ok(Config::default()), Config::load)?;
     log::start(asked.unwrap_or(config.node.log));
     app::run(app::Start { config, file: run.config, bundle: run.bundle, log: asked })
+}
+
+fn cleanup(socket: &Path) -> anyhow::Result<()> {
+    log::start(::log::LevelFilter::Warn);
+    if admin::is_answered(socket) {
+        bail!("an agent is at work ({} answers): end it first, and it cleans up by itself", socket.display());
+    }
+    let removed = app::cleanup()?;
+    out(&if removed.is_empty() {
+        "nothing was left".to_owned()
+    } else {
+        format!("removed {}", removed.join("\nremoved "))
+    })
 }
 
 fn query<T: DeJson>(socket: &Path, request: &str, json: bool, render: impl Fn(&T) -> String) -> anyhow::Result<()> {
@@ -133,7 +141,7 @@ fn issue(c: CaIssue) -> anyhow::Result<()> {
         text += &format!("\nAn older certificate of {name} stays good until {}.", utc(old.not_after));
     }
     if bundle.key.is_none() {
-        text += "\nOn the node, add the line private_key = \"…\" to it.";
+        text += "\nOn the node, fill in its line private_key.";
     }
     if bundle.relays.is_empty() && !bundle.certificate.roles.contains(Roles::RELAY) {
         text += "\nIt names no relay (--relay name@host:port): behind a NAT the node will find nobody.";
@@ -141,104 +149,14 @@ fn issue(c: CaIssue) -> anyhow::Result<()> {
     out(&text)
 }
 
-#[derive(SerJson)]
-struct ShownCertificate {
-    name: String,
-    roles: Vec<String>,
-    network: String,
-    public_key: String,
-    not_after: u64,
-    not_after_text: String,
-    state: String,
-}
-
-#[derive(SerJson)]
-struct ShownRelay {
-    name: String,
-    address: String,
-    certificate: ShownCertificate,
-}
-
-#[derive(SerJson)]
-struct ShownBundle {
-    certificate: ShownCertificate,
-    has_private_key: bool,
-    ca: String,
-    psk_epochs: Vec<u8>,
-    relays: Vec<ShownRelay>,
-}
-
-#[derive(SerJson)]
-struct ShownCa {
-    ca: String,
-    psk_epochs: Vec<u8>,
-    issued: Vec<ShownCertificate>,
-}
-
 fn show(c: &CaShow) -> anyhow::Result<()> {
     let now = Clock::new(BUILT).unix();
     if let Some(file) = &c.file {
         let bundle = ca::read_bundle(file)?;
-        let shown = shown_bundle(&bundle, now);
-        return out(&if c.json { shown.serialize_json() } else { bundle_text(&shown) });
+        return out(&show::bundle(&bundle, now, c.json));
     }
     let ca = Ca::open(&c.dir)?;
-    let issued = ca.issued()?.iter().map(|i| shown_certificate(i, now)).collect();
-    let shown = ShownCa { ca: BASE64.encode(&ca.public().0), psk_epochs: ca.epochs(), issued };
-    out(&if c.json {
-        shown.serialize_json()
-    } else {
-        let rows = shown.issued.into_iter().map(|c| [c.name, c.roles.join(","), c.network, c.not_after_text, c.state]);
-        let issued = render::table(["NODE", "ROLES", "NETWORK", "NOT AFTER", "STATE"], rows);
-        format!("ca          {}\npsk epochs  {:?}\n\n{}", shown.ca, shown.psk_epochs, issued.trim_end())
-    })
-}
-
-fn shown_certificate(c: &Certificate, now: u64) -> ShownCertificate {
-    ShownCertificate {
-        name: c.name.clone(),
-        roles: c.roles.names().map(Into::into).collect(),
-        network: c.network.clone(),
-        public_key: BASE64.encode(&c.key),
-        not_after: c.not_after,
-        not_after_text: utc(c.not_after),
-        // Its signature was checked when it was read.
-        state: if now > c.not_after { "expired" } else { "good" }.into(),
-    }
-}
-
-fn shown_bundle(b: &Bundle, now: u64) -> ShownBundle {
-    ShownBundle {
-        certificate: shown_certificate(&b.certificate, now),
-        has_private_key: b.key.is_some(),
-        ca: BASE64.encode(&b.ca.0),
-        psk_epochs: b.psks.iter().map(|p| p.epoch).collect(),
-        relays: b
-            .relays
-            .iter()
-            .map(|r| ShownRelay {
-                name: r.at.name.clone(),
-                address: r.at.address(),
-                certificate: shown_certificate(&r.certificate, now),
-            })
-            .collect(),
-    }
-}
-
-fn bundle_text(b: &ShownBundle) -> String {
-    let c = &b.certificate;
-    let roles = if c.roles.is_empty() { "none".into() } else { c.roles.join(", ") };
-    let network = if c.network.is_empty() { "none" } else { &c.network };
-    let key = if b.has_private_key { "" } else { " (the private key is elsewhere)" };
-    let mut text = format!(
-        "node        {}\nroles       {roles}\nnetwork     {network}\nnot after   {} ({})\nkey         {}{key}\n\
-         ca          {}\npsk epochs  {:?}",
-        c.name, c.not_after_text, c.state, c.public_key, b.ca, b.psk_epochs
-    );
-    for r in &b.relays {
-        text += &format!("\nrelay       {}@{} until {}", r.name, r.address, r.certificate.not_after_text);
-    }
-    text
+    out(&show::authority(&ca.public(), ca.epochs(), &ca.issued()?, now, c.json))
 }
 
 #[derive(SerJson)]

@@ -37,4 +37,5 @@ pub mod rules;
 pub mod shared;
 pub mod sys;
 pub mod table;
+pub mod tasks;
 pub mod tunnel;

@@ -24,12 +24,16 @@ pub fn status(s: &Status) -> String {
         let _ = writeln!(out, "{name:<10}{}", printable(&text));
     };
     line("node", format!("{} (weft {}, pid {}, up {})", s.node, s.version, s.pid, span(s.uptime_secs)));
-    let synced = if s.synced { "" } else { "; not complete yet" };
-    let sources = if s.sources.is_empty() { "no source".into() } else { s.sources.join(", ") };
-    line(
-        "table",
-        format!("{} services, {} endpoints, {} nodes from {sources}{synced}", s.services, s.endpoints, s.nodes),
-    );
+    let synced = if s.synced { "" } else { ", not complete yet" };
+    line("table", format!("{} services, {} endpoints, {} nodes{synced}", s.services, s.endpoints, s.nodes));
+    for source in &s.sources {
+        let state = match (source.error.as_str(), source.synced) {
+            ("", true) => String::new(),
+            ("", false) => ", not read yet".into(),
+            (error, _) => format!(", {error}"),
+        };
+        line("source", format!("{}: {} objects{state}", source.name, source.objects));
+    }
     for part in &s.parts {
         line(&part.name, format!("{}{}", if part.on { "" } else { "off: " }, part.note));
     }

@@ -19,8 +19,7 @@ pub struct Status {
     pub uptime_secs: u64,
     /// Whether every source of the table has given a complete list.
     pub synced: bool,
-    /// What feeds the table.
-    pub sources: Vec<String>,
+    pub sources: Vec<Source>,
     pub services: usize,
     pub endpoints: usize,
     pub nodes: usize,
@@ -30,6 +29,17 @@ pub struct Status {
     pub peers: usize,
     pub counters: BTreeMap<String, u64>,
     pub warnings: Vec<String>,
+}
+
+/// What feeds the table: `[[service]]`, or a file of `[kube] manifests`.
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Source {
+    pub name: String,
+    /// Whether what it holds now is in the table.
+    pub synced: bool,
+    pub objects: usize,
+    /// Empty: none.
+    pub error: String,
 }
 
 /// One part of the process: dns, proxy, rules, tunnel, relay.

@@ -185,7 +185,11 @@ pub(super) struct CaShow {
 /// remove all that a killed agent left in the kernel
 #[derive(FromArgs)]
 #[argh(subcommand, name = "cleanup")]
-pub(super) struct Cleanup {}
+pub(super) struct Cleanup {
+    /// the admin socket that tells whether an agent still runs (default: /run/weft.sock)
+    #[argh(option, default = "SOCKET.into()", arg_name = "path")]
+    pub(super) socket: PathBuf,
+}
 
 /// show the version
 #[derive(FromArgs)]

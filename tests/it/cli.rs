@@ -221,6 +221,25 @@ fn an_agent_tells_and_leaves_nothing() {
     assert!(json.contains("\"node\":\"edge-1\"") && json.contains("\"counters\":{"), "{json}");
     assert_eq!(agent.ask(&["peers", "--json"]).1, "{\"peers\":[]}\n");
 
+    let all = "NAMESPACE  NAME  KIND       ADDRESS     PORTS        READY\n\
+               default    db    Headless   none        5432/TCP     0/0\n\
+               shop       web   ClusterIP  10.96.0.10  http:80/TCP  2/2\n";
+    assert_eq!(agent.ask(&["services"]).1, all);
+    let web = "shop/web  ClusterIP  10.96.0.10  http:80/TCP\n\
+               ENDPOINT      PORTS  NODE    HOSTNAME  STATE\n\
+               192.168.1.10  8080   edge-1  -         ready\n\
+               192.168.1.11  9090   -       -         ready\n";
+    for name in ["web", "shop/web", "web.shop", "web.shop.svc.cluster.local"] {
+        assert_eq!(agent.ask(&["services", name]).1, web, "{name}");
+    }
+    assert_eq!(agent.ask(&["services", "db"]).1, "default/db  Headless  none  5432/TCP\nno endpoints\n");
+    let json = agent.ask(&["services", "--json"]).1;
+    assert!(json.contains(r#""name":"web","kind":"ClusterIP","ips":["10.96.0.10"]"#), "{json}");
+    assert_eq!(agent.ask(&["resolve", "web.shop"]).1, "web.shop.svc.cluster.local  30  A  10.96.0.10\n");
+    assert!(agent.ask(&["resolve", "10.96.0.10"]).1.ends_with("PTR  web.shop.svc.cluster.local\n"));
+    let nx = agent.ask(&["resolve", "no.shop.svc.cluster.local"]);
+    assert_eq!((nx.0, nx.2.as_str()), (1, "weft: no.shop.svc.cluster.local: NXDOMAIN\n"));
+
     let (code, _, err) = agent.ask(&["services", "no/such"]);
     assert_eq!((code, err.as_str()), (1, "weft: no service no/such\n"));
     let (code, out, err) = agent.ask(&["resolve", "www.example.com"]);
@@ -252,6 +271,14 @@ fn what_is_no_question_gets_an_error_and_silence_gets_nothing() {
     assert_eq!(agent.ask(&["peers"]).1, "no peers\n");
     drop(idle);
     assert_eq!(agent.ask(&["peers"]).0, 0);
+}
+
+#[test]
+fn cleanup_leaves_a_living_agent_alone() {
+    let dir = temp_dir();
+    let agent = Agent::start(&dir, "", &[]);
+    let error = fails(&["cleanup", "--socket", &agent.socket]);
+    assert!(error.contains("an agent is at work"), "{error}");
 }
 
 #[test]
@@ -292,9 +319,11 @@ fn a_hangup_reads_the_file_again() {
     Agent::configure(&dir, &agent.socket, SERVICES);
     agent.signal("-HUP");
     line_with("reload: 2 services of the configuration");
+    assert!(agent.ask(&["status"]).1.contains("\ntable     2 services, 2 endpoints, 0 nodes\n"));
     Agent::configure(&dir, &agent.socket, "dns.ttl = 5");
     agent.signal("-HUP");
     line_with("what else has changed needs a restart");
+    assert_eq!(agent.ask(&["services"]).1, "no services\n");
     fs::write(dir.path().join("weft.toml"), "dns = 1").unwrap();
     agent.signal("-HUP");
     let line = line_with("all stays as it is");
@@ -390,7 +419,7 @@ fn a_ca_from_nothing_to_a_node() {
     // A node that keeps its key to itself.
     let public = "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=";
     let told = ok(&issue(&format!("--node edge-2 --public-key {public} --out {}", dir.file("2"))));
-    assert!(told.contains("add the line private_key"), "{told}");
+    assert!(told.contains("fill in its line private_key"), "{told}");
     assert!(fs::read_to_string(dir.file("2")).unwrap().lines().all(|l| !l.starts_with("private_key")));
     assert!(fails(&issue("--node edge-3 --days 0")).contains("--days 0"));
 }
@@ -426,6 +455,9 @@ fn a_bundle_that_does_not_fit_stops_the_agent_and_an_open_one_is_told() {
     Agent::configure(&dir, &dir.file("s"), "");
     let run = |bundle: &str| fails_last(&["run", "--config", &dir.file("weft.toml"), "--bundle", bundle]);
     assert_eq!(run(&bundle), "weft: node.name is edge-1, and the bundle is edge-2's");
+    Agent::configure(&dir, &dir.file("s"), "relay.enable = true");
+    assert!(fails_last(&["run", "--config", &dir.file("weft.toml")]).contains("a relay needs the tunnel"));
+    Agent::configure(&dir, &dir.file("s"), "");
     assert!(run(&dir.file("none")).contains("none: No such file"));
     fs::write(dir.file("bad"), "version = 1").unwrap();
     assert!(run(&dir.file("bad")).contains("bad: line 1: missing field `certificate`"));

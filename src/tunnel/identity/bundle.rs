@@ -122,9 +122,10 @@ impl Bundle {
             if c.network.is_empty() { "none" } else { &c.network },
             utc(c.not_after),
         );
-        if let Some(key) = &self.key {
-            let _ = writeln!(out, "private_key = \"{}\"", *key.to_base64());
-        }
+        let _ = match &self.key {
+            Some(key) => writeln!(out, "private_key = \"{}\"", *key.to_base64()),
+            None => writeln!(out, "#private_key = \"the node's own, 32 bytes in base64: fill in on the node\""),
+        };
         let _ = writeln!(out, "ca = \"{ca}\"");
         for psk in &self.psks {
             let _ = write!(out, "\n[[psk]]\nepoch = {}\nkey = \"{}\"\n", psk.epoch, *psk.key.to_base64());

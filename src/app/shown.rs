@@ -1,0 +1,80 @@
+//! What `weft status` tells of the parts and of what feeds the table.
+
+use super::checks;
+use crate::{
+    admin::view,
+    clock::Clock,
+    config::Config,
+    kube::Sources,
+    rules,
+    shared::Reader,
+    table::{Table, model::Source},
+    tunnel::{self, identity::Bundle},
+};
+use std::net::SocketAddr;
+
+/// Where each part is, and the readers of what it tells; None: it is off.
+pub(super) struct Shown {
+    pub(super) config: Config,
+    /// Without its secrets.
+    pub(super) bundle: Option<Bundle>,
+    pub(super) clock: Clock,
+    pub(super) table: Reader<Table>,
+    pub(super) manifests: Sources,
+    pub(super) dns_port: Option<u16>,
+    pub(super) proxy_port: Option<u16>,
+    pub(super) rules: Option<Reader<rules::Status>>,
+    pub(super) tunnel: Option<(SocketAddr, tunnel::Handle)>,
+}
+
+impl Shown {
+    pub(super) fn parts(&self) -> Vec<view::Part> {
+        let part = |name: &str, enabled: bool, note: Option<String>| {
+            let on = note.is_some();
+            let why = if enabled { "it needs a bundle" } else { "the configuration says so" };
+            view::Part { name: name.into(), on, note: note.unwrap_or_else(|| why.into()) }
+        };
+        let Config { dns, proxy, tunnel, relay, .. } = &self.config;
+        let ip = dns.listen.ip();
+        let load = self.tunnel.as_ref().and_then(|(_, handle)| handle.relay_load());
+        vec![
+            part("dns", dns.enable, self.dns_port.map(|port| format!("{}, served at {ip}:{port}", dns.listen))),
+            part("proxy", proxy.enable, self.proxy_port.map(|port| format!("TCP, served at {ip}:{port}"))),
+            part("rules", dns.enable || proxy.enable, self.rules.as_ref().map(|r| r.read(rules_note))),
+            part("tunnel", tunnel.enable, self.tunnel.as_ref().map(|(at, _)| format!("UDP {at}"))),
+            part("relay", relay.enable, load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows))),
+        ]
+    }
+
+    pub(super) fn sources(&self) -> Vec<view::Source> {
+        let objects = self.table.read(|t| t.objects(Source::Config));
+        let config = (objects > 0).then(|| view::Source {
+            name: "[[service]]".into(),
+            synced: true,
+            objects,
+            error: String::new(),
+        });
+        let manifests = self.manifests.list().into_iter().map(|s| view::Source {
+            name: s.name,
+            synced: s.synced,
+            objects: s.objects,
+            error: s.last_error.unwrap_or_default(),
+        });
+        config.into_iter().chain(manifests).collect()
+    }
+
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let mut out = checks::warnings(&self.config, self.bundle.as_ref(), self.clock.unix());
+        if let Some(rules) = &self.rules {
+            out.extend(rules.read(|r| r.errors.iter().chain(&r.notes).cloned().collect::<Vec<_>>()));
+        }
+        out
+    }
+}
+
+fn rules_note(r: &rules::Status) -> String {
+    if r.version.is_none() {
+        return "none yet".into();
+    }
+    format!("{} rules ({}), weft0 is a {} with {} routes", r.rules, r.backend, r.device, r.routes)
+}
