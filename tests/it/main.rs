@@ -10,3 +10,5 @@ mod dns_mutations;
 mod dns_world;
 mod json;
 mod manifests;
+mod proxy;
+mod proxy_pump;
