@@ -18,8 +18,8 @@ WEB, FAR, LOCAL, NONE, BOTH, STICKY, LAME, FAR_LAME, ECHO = (f"10.96.0.{n}" for 
 class Stage:
     """Two sites. Site 2 serves most; site 1 asks. `close` ends the servers; the lab ends the rest."""
 
-    def __init__(self, lab, start=True, nats=("port-restricted", "port-restricted"), **tables):
-        self.lab, self.cluster = lab, Cluster(lab, nats)
+    def __init__(self, lab, start=True, nats=("port-restricted", "port-restricted"), lan=None, **tables):
+        self.lab, self.cluster = lab, Cluster(lab, nats, lan=lan)
         one, two = self.one, self.two = self.cluster.sites.values()
         dns = self.cluster.dns_host
         servers.dns(dns.udp(port=53), dns.listen(53), self.cluster.zone)

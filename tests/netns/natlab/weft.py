@@ -196,11 +196,11 @@ class Agent:
 class Cluster:
     """A relay, a DNS server of the outside world, and sites whose gateways are called edge-1, edge-2, …"""
 
-    def __init__(self, lab, nats=("port-restricted", "port-restricted"), hosts=("client", "web"), zone=None):
+    def __init__(self, lab, nats=("port-restricted", "port-restricted"), hosts=("client", "web"), zone=None, lan=None):
         self.lab, self.agents = lab, {}
         self.relay_host, self.dns_host = lab.host("relay"), lab.host("dns")
         self.zone = zone or {"www.outside.example": self.dns_host.address}
-        self.sites = {f"edge-{i}": lab.site(f"s{i}", nat, hosts) for i, nat in enumerate(nats, 1)}
+        self.sites = {f"edge-{i}": lab.site(f"s{i}", nat, hosts, lan=lan) for i, nat in enumerate(nats, 1)}
         self.authority = Authority(f"{lab.folder}/ca")
         self.relay_bundle = self.authority.issue("relay-1", role="relay")
         self.relay_at = f"relay-1@{self.relay_host.address}:{PORT}"
