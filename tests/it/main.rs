@@ -9,4 +9,6 @@ mod dns_fixture;
 mod dns_mutations;
 mod dns_world;
 mod json;
+mod layout;
+mod licences;
 mod manifests;
