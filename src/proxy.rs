@@ -237,20 +237,8 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
 
 /// Whether an endpoint is ours by our own table.
 fn owns(shared: &Shared, open: &Open) -> bool {
-    if open.protocol != Protocol::Tcp {
-        return false;
-    }
-    shared.table.read(|table| {
-        let Some(service) = table.service_by_id(&open.service).filter(|s| !s.not_proxied) else { return false };
-        let Some(port) = service.ports.iter().find(|p| p.number == open.port && p.protocol == open.protocol) else {
-            return false;
-        };
-        table.endpoints(&service.id).any(|(slice, endpoint)| {
-            endpoint.address == open.endpoint.ip()
-                && endpoint.node.as_ref() == Some(&shared.here.node)
-                && Table::target_port(slice, &port.name, port.protocol) == Some(open.endpoint.port())
-        })
-    })
+    let Open { service, port, protocol, endpoint } = open;
+    *protocol == Protocol::Tcp && shared.table.read(|t| t.owns(&shared.here, service, *port, *protocol, *endpoint))
 }
 
 /// Closes with a reset, which a client cannot take for an empty answer.
@@ -459,4 +447,33 @@ async fn early(pool: &Pool, client: &TcpStream, stream: &mut (impl AsyncWrite + 
         }))
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::block_on;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn early_bytes_are_sent_on_and_stay_in_the_socket() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut socket = listener.accept().unwrap().0;
+        socket.set_nonblocking(true).unwrap();
+        let (pool, mut stream) = (Pool::default(), Vec::new());
+        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Nothing);
+        client.write_all(b"GET /").unwrap();
+        while block_on(early(&pool, &socket, &mut stream)) == Early::Nothing {}
+        assert_eq!(stream, b"GET /");
+        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Sent(5));
+        client.write_all(b" HTTP").unwrap();
+        drop(client);
+        pump::take(&socket, 5).unwrap();
+        socket.set_nonblocking(false).unwrap();
+        let mut rest = String::new();
+        socket.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, " HTTP");
+        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Never);
+    }
 }

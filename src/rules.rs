@@ -122,6 +122,8 @@ struct Known {
     applied: Option<Desired>,
     digest: u64,
     checked: Option<Instant>,
+    /// The tables that were not there before us.
+    made: Vec<iptables::Kind>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
     default_interfaces: BTreeSet<String>,
 }
@@ -304,7 +306,9 @@ impl Rules {
             log::warn!("rules: somebody has changed or flushed ours; they are put back");
         }
         known.applied = None;
-        tools.restore(&iptables::apply(&desired, &saved)).await?;
+        let made: Vec<_> = iptables::made(&saved).filter(|kind| !known.made.contains(kind)).collect();
+        known.made.extend(made);
+        tools.restore(&iptables::apply(&desired, &saved, &known.made)).await?;
         bump(&self.counters.rule_syncs);
         let saved = tools.save().await?;
         known.digest = saved.digest();
@@ -468,6 +472,12 @@ pub fn cleanup() -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_tool_is_named() {
+        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
+        assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
+    }
 
     #[test]
     fn versions() {

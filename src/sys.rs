@@ -226,14 +226,16 @@ pub fn discard(stream: &TcpStream, len: usize) -> io::Result<usize> {
     check_size(unsafe { libc::recv(stream.as_raw_fd(), ptr::null_mut(), len, flags) })
 }
 
-/// A non-blocking pipe: reading end, writing end.
+/// A non-blocking pipe: reading end, writing end. It holds `capacity` bytes where the kernel grants that.
 ///
 /// # Errors
 /// As pipe2(2).
-pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+pub fn pipe(capacity: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut ends: [c_int; 2] = [-1; 2];
     // SAFETY: the kernel writes two descriptors.
     check(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    // SAFETY: no pointers. A refusal (fs.pipe-user-pages-soft) leaves the default size.
+    unsafe { libc::fcntl(ends[0], libc::F_SETPIPE_SZ, capacity) };
     // SAFETY: both are new and nobody else's.
     Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
 }
@@ -269,7 +271,7 @@ pub fn netlink(family: Family, groups: u32, patience: Duration) -> io::Result<Ow
     let fd = socket(libc::AF_NETLINK, libc::SOCK_RAW, protocol)?;
     // SAFETY: all zeros is a valid timeval; the fields' widths differ between platforms.
     let mut wait: libc::timeval = unsafe { mem::zeroed() };
-    wait.tv_sec = libc::time_t::try_from(patience.as_secs()).unwrap_or(libc::time_t::MAX);
+    wait.tv_sec = i32::try_from(patience.as_secs()).unwrap_or(i32::MAX).into();
     set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, wait)?;
     // SAFETY: all zeros is a valid sockaddr_nl.
     let mut address: libc::sockaddr_nl = unsafe { mem::zeroed() };
@@ -371,7 +373,7 @@ mod tests {
     fn splice_moves_bytes_and_sees_the_end() {
         let (mut client, server) = pair();
         server.set_nonblocking(true).unwrap();
-        let (out, into) = pipe().unwrap();
+        let (out, into) = pipe(4096).unwrap();
         assert_eq!(splice(&server, &into, 100).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         client.write_all(b"hello").unwrap();
         let moved = loop {

@@ -19,8 +19,9 @@ const MADE: &str = "WEFT-MADE";
 /// IANA: tcpmux (RFC 7805: historic).
 const REFUSED: u16 = 1;
 
+/// One table of iptables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     Nat,
     Filter,
 }
@@ -248,7 +249,7 @@ fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 }
 
 /// Refusals, the way in through a closed INPUT, and what is sent to our address without having been
-/// redirected (the way over lo stays open: the proxy itself closes those).
+/// redirected (that of the host itself is left to the proxy, which closes and counts it).
 fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     const RESET: &str = "-j REJECT --reject-with tcp-reset";
     const UNREACHABLE: &str = "-j REJECT --reject-with icmp-port-unreachable";
@@ -256,8 +257,9 @@ fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp -m tcp --dport {REFUSED} {RESET}")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp -m udp --dport {REFUSED} {UNREACHABLE}")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -m conntrack --ctstate DNAT -j ACCEPT")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p tcp {RESET}")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 ! -i lo -p udp {UNREACHABLE}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -i lo -j ACCEPT")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp {UNREACHABLE}")?;
     // What was redirected still names weft0 in OUTPUT: the route was chosen before.
     writeln!(f, "-A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN")?;
     writeln!(f, "-A WEFT-REJECT -d 224.0.0.0/4 -j RETURN")?;
@@ -265,10 +267,17 @@ fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(f, "-A WEFT-REJECT {UNREACHABLE}")
 }
 
+/// The tables that are there for us alone. Whoever flushes them takes our mark too: the caller remembers.
+pub fn made(saved: &Saved) -> impl Iterator<Item = Kind> + '_ {
+    let ours = |kind: &Kind| !saved.table(*kind).present || saved.table(*kind).chains.contains(MADE);
+    Kind::ALL.into_iter().filter(ours)
+}
+
 /// The text that brings about what we want from what is there. Our own chains are rewritten; a jump that
 /// is there stays where it is: two programs that both want to be first would never come to rest.
+/// `made` holds the tables that were not there before us, see [`made`].
 #[must_use]
-pub fn apply(desired: &Desired, saved: &Saved) -> String {
+pub fn apply(desired: &Desired, saved: &Saved, made: &[Kind]) -> String {
     let mut out = String::with_capacity(1024 + desired.rules.len() * 100);
     for kind in Kind::ALL {
         let there = saved.table(kind);
@@ -276,7 +285,7 @@ pub fn apply(desired: &Desired, saved: &Saved) -> String {
         for chain in kind.chains() {
             let _ = writeln!(out, ":{chain} - [0:0]");
         }
-        if !there.present {
+        if made.contains(&kind) && !there.chains.contains(MADE) {
             let _ = writeln!(out, ":{MADE} - [0:0]");
         }
         jumps(&mut out, kind, there);

@@ -12,3 +12,5 @@ mod json;
 mod layout;
 mod licences;
 mod manifests;
+mod proxy;
+mod proxy_pump;

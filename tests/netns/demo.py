@@ -89,10 +89,12 @@ def evidence(cluster, bulk):
                   "direct": at_nat["in_direct"][1]}
 
 
-def judged(bytes_seen):
-    if bytes_seen["direct"] >= BULK:
-        return "direct"
-    return "relay" if min(bytes_seen["into_relay"], bytes_seen["out_of_relay"]) >= BULK else "none"
+def judged(seen):
+    """The way that most bytes went; "none" where the counters do not account for all of them."""
+    relayed = min(seen["into_relay"], seen["out_of_relay"])
+    if relayed + seen["direct"] < BULK:
+        return "none"
+    return "relay" if relayed > seen["direct"] else "direct"
 
 
 def show(cluster):

@@ -18,8 +18,8 @@ WEB, FAR, LOCAL, NONE, BOTH, STICKY, LAME, FAR_LAME, ECHO = (f"10.96.0.{n}" for 
 class Stage:
     """Two sites. Site 2 serves most; site 1 asks. `close` ends the servers; the lab ends the rest."""
 
-    def __init__(self, lab, start=True, **tables):
-        self.lab, self.cluster = lab, Cluster(lab)
+    def __init__(self, lab, start=True, nats=("port-restricted", "port-restricted"), **tables):
+        self.lab, self.cluster = lab, Cluster(lab, nats)
         one, two = self.one, self.two = self.cluster.sites.values()
         dns = self.cluster.dns_host
         servers.dns(dns.udp(port=53), dns.listen(53), self.cluster.zone)
@@ -57,6 +57,15 @@ class Stage:
 
     def logs(self, lines=12):
         return " | ".join(f"{a.name}: {a.tail(lines)}" for a in self.cluster.agents.values())
+
+
+def works(stage, timeout=2.0):
+    """Whether a new connection from site 1's LAN reaches site 2."""
+    with contextlib.suppress(OSError):
+        with stage.one.client.tcp(WEB, 80, timeout=timeout) as s:
+            s.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return b"site 2" in read_all(s)
+    return False
 
 
 def curl(node, url, *options, timeout=20):
@@ -115,9 +124,14 @@ def kernel_state(node):
     state = {}
     for tool in ("iptables-save", "ip6tables-save"):
         with contextlib.suppress(LabError):
-            lines = node.run(tool, check=False).splitlines()
-            state[tool] = [re.sub(r"\[\d+:\d+\]", "", line).strip() for line in lines
-                           if line.startswith("-") or (line.startswith(":") and " ACCEPT " not in line)]
+            tables = {}
+            for line in node.run(tool, check=False).splitlines():
+                if line.startswith("*"):
+                    rules = tables.setdefault(line[1:], [])
+                elif line.startswith("-") or (line.startswith(":") and " ACCEPT " not in line):
+                    rules.append(re.sub(r" *\[\d+:\d+\]", "", line))
+            # iptables-save shows the tables in the order in which they were made: that is no difference.
+            state[tool] = [f"{table} {rule}" for table in sorted(tables) for rule in tables[table]]
     for what in ("link", "addr", "rule"):
         text = kernel.run(["ip", "-n", node.ns, "-o", what])
         state[what] = sorted(re.sub(r"(valid|preferred)_lft \S+|qlen \d+", "", line) for line in text.splitlines())
@@ -199,4 +213,4 @@ def main(theme):
 
 
 __all__ = ["Skip", "Stage", "curl", "difference", "expect", "fetch_sha256", "kernel_state", "limit_files", "main", "many",
-           "read_all", "refused", "wait_for"]
+           "read_all", "refused", "wait_for", "works"]

@@ -113,6 +113,10 @@ fn desired(services: u8) -> Desired {
     Desired { address: own, mark: 0x4000, catch: Catch::AllBut(vec!["wan".into()]), rules, left_out: 0 }
 }
 
+fn apply(desired: &Desired, saved: &Saved) -> String {
+    super::apply(desired, saved, &made(saved).collect::<Vec<_>>())
+}
+
 #[test]
 fn golden() {
     let nat = "*nat
@@ -139,8 +143,9 @@ COMMIT
 -A WEFT-INPUT -d 169.254.96.16/32 -p tcp -m tcp --dport 1 -j REJECT --reject-with tcp-reset
 -A WEFT-INPUT -d 169.254.96.16/32 -p udp -m udp --dport 1 -j REJECT --reject-with icmp-port-unreachable
 -A WEFT-INPUT -d 169.254.96.16/32 -m conntrack --ctstate DNAT -j ACCEPT
--A WEFT-INPUT -d 169.254.96.16/32 ! -i lo -p tcp -j REJECT --reject-with tcp-reset
--A WEFT-INPUT -d 169.254.96.16/32 ! -i lo -p udp -j REJECT --reject-with icmp-port-unreachable
+-A WEFT-INPUT -d 169.254.96.16/32 -i lo -j ACCEPT
+-A WEFT-INPUT -d 169.254.96.16/32 -p tcp -j REJECT --reject-with tcp-reset
+-A WEFT-INPUT -d 169.254.96.16/32 -p udp -j REJECT --reject-with icmp-port-unreachable
 -A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN
 -A WEFT-REJECT -d 224.0.0.0/4 -j RETURN
 -A WEFT-REJECT -p tcp -j REJECT --reject-with tcp-reset
