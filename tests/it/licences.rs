@@ -1,5 +1,6 @@
 //! What the executable is made of: each crate's licence, where it comes from, and that no crate is there twice without
 //! a reason. config/deny.toml says the same to cargo-deny.
+#![allow(clippy::question_mark, reason = "what the derive writes")]
 
 use nanoserde::DeJson;
 use std::{
