@@ -95,8 +95,7 @@ find_toolchain() {
     export CARGO_TARGET_DIR=$out CARGO_ZIGBUILD_CACHE_DIR=$out/cache ZIG_GLOBAL_CACHE_DIR=$out/cache/zig
     unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
     # crt-static: without it MIPS is linked with -pie and -lgcc_s, and zig has neither for it.
-    # No unwind tables: a panic aborts, and stripped frames have no names. 170 kB on MIPS.
-    RUSTFLAGS="-Ctarget-feature=+crt-static -Cforce-unwind-tables=no"
+    RUSTFLAGS=-Ctarget-feature=+crt-static
     if [[ -n $build_std ]]; then
         # A std built here brings no crt1.o; rustc would look for it. The variable opens -Z on a stable compiler.
         RUSTFLAGS+=" -Clink-self-contained=no"
