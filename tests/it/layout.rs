@@ -13,6 +13,9 @@ const LINES_MAX: usize = 600;
 const MEDIAN_MAX: usize = 240;
 /// What a core must not name. Its clock, randomness and bytes come in as arguments.
 const IO: [&str; 6] = ["smol::", "async_net", "std::fs", "std::process", "std::env", "::now()"];
+/// clippy denies these; only a reasoned `allow` gets past it, and only here.
+const PANICS: [&str; 3] = ["clippy::unwrap_used", "clippy::expect_used", "clippy::panic"];
+const MAY_PANIC: [&str; 1] = ["src/tunnel/keys.rs"];
 const TOP: [&str; 10] = [
     "Cargo.toml",
     "Cargo.lock",
@@ -179,9 +182,9 @@ fn breaches(path: &str, text: &str) -> Vec<String> {
     let core = path.matches('/').count() > 1;
     for (number, line) in product.lines().enumerate() {
         let mut say = |what: &str| found.push(format!("{path}:{}: {what}", number + 1));
-        for taboo in [".unwrap()", ".expect("] {
-            if line.contains(taboo) {
-                say(&format!("{taboo} outside tests"));
+        for lint in PANICS {
+            if line.contains(lint) && !MAY_PANIC.contains(&path) {
+                say(&format!("{lint} is allowed outside tests"));
             }
         }
         for io in IO {
@@ -258,28 +261,28 @@ fn every_kind_of_breach_is_seen() {
         ("use std::{io, env};", "src/a/b.rs:1: std::env in a core"),
         ("use std::{\n    io::{self, Read},\n    process::Command,\n};", "src/a/b.rs:1: std::process in a core"),
         ("let now = Instant::now();", "src/a/b.rs:1: ::now() in a core"),
-        ("let c = '\"'; x.unwrap()", "src/a/b.rs:1: .unwrap() outside tests"),
-        ("let c = '\\''; x.expect(\"\")", "src/a/b.rs:1: .expect( outside tests"),
+        ("let c = '\"'; x::now()", "src/a/b.rs:1: ::now() in a core"),
+        ("let c = '\\''; #[allow(clippy::panic)]", "src/a/b.rs:1: clippy::panic is allowed outside tests"),
         ("fn f<'a>(x: &'a u8) { unsafe { g() } }", "src/a/b.rs: unsafe outside src/sys.rs"),
         ("#[cfg(test)]\nmod tests { #[test] #[ignore] fn t() {} }", "src/a/b.rs: an ignored test"),
-        ("#[cfg(test)]\nmod tests;\nfn f() { x.unwrap() }", "src/a/b.rs:3: .unwrap() outside tests"),
+        ("#[cfg(test)]\nmod tests;\nfn f() { x::now() }", "src/a/b.rs:3: ::now() in a core"),
         ("#[cfg(test)]\nfn g() { h(|| { 1 }) }\nlet n = T::now();", "src/a/b.rs:3: ::now() in a core"),
         (&"\n".repeat(601), "src/a/b.rs: 601 lines, 600 at most"),
     ] {
         assert_eq!(breaches(core, text), [want], "{text:?}");
     }
     for text in [
-        "// smol:: and x.unwrap()",
+        "// smol:: and #[allow(clippy::unwrap_used)]",
         "/* unsafe /* std::fs */ ::now() */ fn f() {}",
-        "/// `Instant::now()`\nconst A: &str = \"std::env .unwrap() \\\" unsafe\";",
+        "/// `Instant::now()`\nconst A: &str = \"std::env \\\" unsafe\";",
         "const A: &str = r#\"unsafe \" std::fs\"#; const B: &[u8] = br\"smol::\";",
-        "#[cfg(test)]\nmod tests {\n    fn t() { Instant::now(); x.unwrap(); let c = '{'; }\n}",
+        "#[cfg(test)]\nmod tests {\n    #[allow(clippy::expect_used)]\n    fn t() { Instant::now(); let c = '{'; }\n}",
         "use std::{io::{self, Read}, net::SocketAddr, time::Instant};",
-        "x.unwrap_or(1); x.expect_err(\"\"); let unsafely = 1;",
+        "let unsafely = 1;",
     ] {
         assert_eq!(breaches(core, text), [""; 0], "{text:?}");
     }
     assert_eq!(breaches("src/a.rs", "let n = Instant::now(); std::fs::read(p); smol::x()"), [""; 0]);
     assert_eq!(breaches("src/sys.rs", "unsafe { f() }"), [""; 0]);
-    assert_eq!(breaches("src/a/tests.rs", "Instant::now(); x.unwrap();"), [""; 0]);
+    assert_eq!(breaches("src/a/tests.rs", "Instant::now();"), [""; 0]);
 }
