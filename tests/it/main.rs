@@ -9,6 +9,8 @@ mod dns_fixture;
 mod dns_mutations;
 mod dns_world;
 mod json;
+mod layout;
+mod licences;
 mod manifests;
 mod proxy;
 mod proxy_pump;

@@ -1,0 +1,86 @@
+//! DNS messages as queries, and as answers of an upstream: no panic, and no reply that cannot be read.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use std::cell::OnceCell;
+use weft::{
+    config::{DnsConfig, PodNames},
+    dns::{
+        fuzz,
+        wire::{Header, Records},
+        zone::Zone,
+    },
+    kube::{
+        files::{Reading, Sink},
+        item::Read,
+    },
+    table::{
+        Table,
+        model::{Change, Name, Source},
+    },
+};
+
+/// Of UDP and TCP alike.
+const MESSAGE_MAX: usize = 65_535;
+
+struct Into(Table);
+
+impl Sink for Into {
+    fn intern(&mut self, name: &str) -> Name {
+        self.0.intern(name)
+    }
+
+    fn take(&mut self, read: Read) {
+        if let Read::Objects(objects, _) = read {
+            for object in objects {
+                self.0.apply(Change::Apply(Source::Manifests, object));
+            }
+        }
+    }
+}
+
+/// A real cluster's objects.
+fn world() -> (Table, Zone) {
+    let mut sink = Into(Table::default());
+    let text = include_bytes!("../../it/fixtures/kube/cluster.json");
+    Reading::default().feed(text, &mut sink).unwrap();
+    assert!(sink.0.services().count() > 3);
+    let config = DnsConfig {
+        enable: true,
+        listen: ([127, 0, 0, 1], 53).into(),
+        domain: "cluster.local".into(),
+        ttl: 30,
+        pods: PodNames::Insecure,
+        upstream: Vec::new(),
+        cache: 64,
+    };
+    (sink.0, Zone::new(&config, 1).unwrap())
+}
+
+thread_local!(static WORLD: OnceCell<(Table, Zone)> = const { OnceCell::new() });
+
+fn readable(reply: &[u8]) {
+    assert!(reply.len() <= MESSAGE_MAX, "{} bytes", reply.len());
+    let header = Header::parse(reply).expect("a header");
+    if header.counts == [0; 4] {
+        return;
+    }
+    let records = Records::new(reply).expect("questions");
+    for record in records {
+        record.expect("a record");
+    }
+}
+
+fuzz_target!(|message: &[u8]| {
+    WORLD.with(|world_| {
+        let (table, zone) = world_.get_or_init(world);
+        for (_, reply) in fuzz::query(message, table, zone) {
+            if !reply.is_empty() {
+                readable(&reply);
+            }
+        }
+    });
+    if let Some(replies) = fuzz::upstream(message) {
+        replies.iter().for_each(|reply| readable(reply));
+    }
+});
