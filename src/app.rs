@@ -16,10 +16,12 @@ use crate::{
     proxy::{Proxy, rules::Ports},
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
+    snapshot::{self, Keeper, Leave, Pace, Restored},
     sys,
     table::{
         Table,
         balance::{Balancer, Here},
+        model::Source,
         statics,
     },
     tunnel::{
@@ -74,8 +76,9 @@ pub fn run(start: Start) -> anyhow::Result<()> {
 async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Result<()> {
     // Before anything is changed in the kernel, so that a signal undoes it.
     let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("signals")?;
-    let clock = Clock::new(BUILT);
     let config = &start.config;
+    let found = snapshot::find(&config.node.state_dir);
+    let clock = Clock::new(BUILT).remembering(found.unix());
     let bundle = start.bundle.as_deref().or(config.node.bundle.as_deref()).map(read_bundle).transpose()?;
     let node = name(config, bundle.as_ref())?;
     let warnings = warnings(config, bundle.as_ref(), clock.unix());
@@ -84,8 +87,10 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
 
     let table = Rc::new(Writer::new(Table::default()));
     feed(&table, &config.services);
+    let restored = found.restore(&table, &sources(config), &node, bundle.as_ref().map(|b| b.ca.0));
+    let known = Known { node, clock, warnings, restored };
     let mut tasks = Tasks::new(executor);
-    let Parts { undo, tunnel } = parts(&mut tasks, config, bundle, &node, &table, clock, warnings)?;
+    let Parts { undo, tunnel, leave } = parts(&mut tasks, config, bundle, &table, known)?;
 
     let ended = loop {
         let signal = async { Ok(signals.next().await) };
@@ -102,6 +107,7 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
             }
         }
     };
+    leave.finish().await;
     if let Some(tunnel) = tunnel {
         or(tunnel.close(), after(GOODBYE)).await;
     }
@@ -117,6 +123,15 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
 struct Parts {
     undo: Option<Undo>,
     tunnel: Option<tunnel::Handle>,
+    leave: Rc<Leave>,
+}
+
+/// What is known before any part runs.
+struct Known {
+    node: String,
+    clock: Clock,
+    warnings: Vec<String>,
+    restored: Restored,
 }
 
 /// The parts in the order in which they need each other.
@@ -124,11 +139,11 @@ fn parts(
     tasks: &mut Tasks,
     config: &Config,
     bundle: Option<Bundle>,
-    node: &str,
     table: &Rc<Writer<Table>>,
-    clock: Clock,
-    warnings: Vec<String>,
+    known: Known,
 ) -> anyhow::Result<Parts> {
+    let Known { node, clock, warnings, mut restored } = known;
+    let node = node.as_str();
     let mark = config.proxy.mark;
     let listen = config.dns.listen;
     let kernel = config.dns.enable || config.proxy.enable;
@@ -164,6 +179,7 @@ fn parts(
         (resolver, None)
     };
 
+    let cluster = bundle.as_ref().map(|b| b.ca.0);
     let tunnel = match bundle {
         Some(bundle) if config.tunnel.enable || config.relay.enable => {
             let lookup: tunnel::Lookup = Rc::new(move |host| {
@@ -179,6 +195,7 @@ fn parts(
                 lookup,
                 clock,
                 counters: Rc::clone(&counters.2),
+                remembered: std::mem::take(&mut restored.peers),
             };
             let (driver, handle) = tunnel::Driver::bind(&config.tunnel, setup)?;
             log::info!("tunnel on UDP {}", driver.local_addr()?);
@@ -215,7 +232,21 @@ fn parts(
         (None, None)
     };
 
-    let shown = Shown { dns_port, proxy_port, listen, tunnel: tunnel.clone(), relay: config.relay.enable, status };
+    let keeper = snapshot::Setup {
+        directory: config.node.state_dir.clone(),
+        node: node.into(),
+        cluster,
+        table: table.reader(),
+        tunnel: tunnel.clone(),
+        clock,
+        pace: Pace::default(),
+    };
+    let keeper = Keeper::new(keeper, &restored)?;
+    let (leave, kept, kept_too) = (keeper.leave(), keeper.status(), keeper.status());
+    tasks.spawn("snapshot", keeper.run());
+
+    let shown =
+        Shown { dns_port, proxy_port, listen, tunnel: tunnel.clone(), relay: config.relay.enable, status, kept, clock };
     let answerer = RefCell::new(Answerer::new(zone));
     let (domain, reader) = (config.dns.domain.clone(), table.reader());
     let views = Views {
@@ -231,7 +262,10 @@ fn parts(
             move || list_sources(statics, &sources)
         }),
         parts: Box::new(move || shown.parts()),
-        warnings: Box::new(move || warnings.clone()),
+        warnings: Box::new(move || {
+            let trouble = kept_too.read(|kept| kept.trouble.clone());
+            warnings.iter().cloned().chain(trouble).collect()
+        }),
         resolve: Box::new(move |name| {
             resolve::resolve(name, &domain, |query| {
                 let mut reply = Vec::new();
@@ -244,7 +278,7 @@ fn parts(
         }),
     };
     tasks.spawn("admin", Admin::bind(&config.admin.socket, views)?.run());
-    Ok(Parts { undo, tunnel })
+    Ok(Parts { undo, tunnel, leave })
 }
 
 async fn after(patience: Duration) {
@@ -259,6 +293,8 @@ struct Shown {
     tunnel: Option<tunnel::Handle>,
     relay: bool,
     status: Option<Reader<rules::Status>>,
+    kept: Reader<snapshot::Status>,
+    clock: Clock,
 }
 
 impl Shown {
@@ -282,6 +318,7 @@ impl Shown {
                 self.relay && load.is_some(),
                 load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows)).unwrap_or_default(),
             ),
+            self.kept.read(|kept| part("snapshot", kept.trouble.is_none(), kept.note(self.clock.now()))),
         ]
     }
 }
@@ -333,6 +370,11 @@ fn feed(table: &Writer<Table>, services: &[StaticService]) {
         })
     });
     table.ring();
+}
+
+/// Those that list what the snapshot keeps; what another one said once would never be replaced.
+fn sources(config: &Config) -> Vec<Source> {
+    (!config.kube.manifests.is_empty()).then_some(Source::Manifests).into_iter().collect()
 }
 
 fn list_sources(statics: bool, manifests: &Sources) -> Vec<String> {

@@ -9,8 +9,8 @@
 //! ```text
 //!  [[service]] ─┐                       ┌─► dns    ── answers, or asks the upstreams
 //!  manifests  ──┼─► Change ─► Table ────┼─► rules  ── iptables-restore, weft0, routes
-//!  (API later) ─┘   (one writer, bell)  └─► proxy  ── accept ─► route ─► pump ─► endpoint
-//!                                              ▲                  │
+//!  (API later) ─┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
+//!  snapshot   ──┘                       └─► snapshot  ▲           │      (its own thread writes)
 //!                        serve_remote ─────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
@@ -35,6 +35,7 @@ pub mod pump;
 pub mod resolver;
 pub mod rules;
 pub mod shared;
+pub mod snapshot;
 pub mod sys;
 pub mod table;
 pub mod tunnel;
