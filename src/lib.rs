@@ -24,6 +24,7 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod kube;

@@ -1,30 +1,23 @@
-//! The snapshot on disk: read once at the start, and written by one thread of its own, for an fsync may take seconds
-//! on flash. The loop only makes the bytes, in steps.
+//! The snapshot on disk: read once at the start, and written when something has changed, but not often.
 
 use crate::{
     clock::Clock,
+    disk::{self, Medium},
     shared::{Bell, Reader, Writer},
     table::{
         Table,
         model::Source,
-        snapshot::{self as codec, Encoder, Meta, SNAPSHOT_MAX, Unusable},
+        snapshot::{self as codec, Encoder, Meta, SNAPSHOT_MAX},
     },
     tunnel::{self, Remembered, identity::utc},
 };
 use anyhow::Context as _;
 use futures_lite::future::{or, yield_now};
-use smol::{
-    Timer,
-    channel::{Receiver, Sender, bounded},
-};
+use smol::Timer;
 use std::{
     cell::Cell,
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     rc::Rc,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -38,11 +31,7 @@ const SELDOM: Duration = Duration::from_secs(3_600);
 const DAILY: u64 = 86_400;
 /// At the end the process waits this long for the disk.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Its calls are few and shallow.
-const STACK: usize = 128 << 10;
-
 const NAME: &str = "snapshot";
-const UNFINISHED: &str = "snapshot.new";
 
 /// What a file of before the start gave.
 #[derive(Debug)]
@@ -68,29 +57,12 @@ struct State {
 #[must_use]
 pub fn find(directory: &Path) -> Found {
     let path = directory.join(NAME);
-    let opened = read(&path).and_then(|bytes| Ok(bytes.map(codec::open).transpose()?));
+    let opened = disk::read(&path, SNAPSHOT_MAX).and_then(|bytes| Ok(bytes.map(codec::open).transpose()?));
     Found(opened.map_err(|why| {
         let why = format!("{} is not used: {why:#}", path.display());
         log::warn!("{why}");
         why
     }))
-}
-
-/// None where there is none.
-fn read(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
-    // Without O_NONBLOCK the opening of a named pipe would wait for its writer.
-    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
-        Ok(file) => file,
-        Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(why) => return Err(why).context("cannot open it"),
-    };
-    anyhow::ensure!(file.metadata()?.is_file(), "it is not a regular file");
-    let mut bytes = Vec::new();
-    file.take(SNAPSHOT_MAX as u64 + 1).read_to_end(&mut bytes).context("cannot read it")?;
-    if bytes.len() > SNAPSHOT_MAX {
-        return Err(Unusable::TooLong.into());
-    }
-    Ok(Some(bytes))
 }
 
 impl Found {
@@ -140,11 +112,11 @@ impl Default for Pace {
 }
 
 /// What `weft status` shows.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Status {
     loaded: String,
     written: Option<(Instant, usize)>,
-    medium: &'static str,
+    medium: Medium,
     /// Why the last try to write has failed.
     pub trouble: Option<String>,
 }
@@ -158,7 +130,12 @@ impl Status {
             }
             None => "not written yet".into(),
         };
-        format!("{}; {written}; {}", self.loaded, self.medium)
+        let pace = match self.medium {
+            Medium::Flash => "on flash: at most once an hour",
+            Medium::Memory => "in memory: lost at a reboot",
+            Medium::Disk => "at most once a minute",
+        };
+        format!("{}; {written}; {pace}", self.loaded)
     }
 }
 
@@ -179,8 +156,7 @@ pub struct Keeper {
     state: Option<State>,
     gap: Duration,
     status: Writer<Status>,
-    jobs: Sender<Vec<u8>>,
-    results: Receiver<io::Result<usize>>,
+    writer: disk::Writer,
     leave: Rc<Leave>,
 }
 
@@ -212,16 +188,12 @@ impl Keeper {
     /// # Errors
     /// When there can be no thread.
     pub fn new(setup: Setup, restored: &Restored) -> anyhow::Result<Self> {
-        // Either holds one at most: there is no job before the last one's result.
-        let (jobs, todo) = bounded(1);
-        let (done, results) = bounded(1);
-        let directory = setup.directory.clone();
-        let write = move || writer(&directory, &todo, &done);
-        thread::Builder::new().name(NAME.into()).stack_size(STACK).spawn(write).context("the snapshot's thread")?;
-        let (medium, worn) = medium(&setup.directory);
-        let gap = if worn { setup.pace.seldom } else { setup.pace.often };
-        let status = Writer::new(Status { loaded: restored.note.clone(), medium, ..Status::default() });
-        Ok(Self { setup, state: restored.state, gap, status, jobs, results, leave: Rc::default() })
+        let file = setup.directory.join(NAME);
+        let writer = disk::Writer::start(file, codec::seal).context("the snapshot's thread")?;
+        let medium = disk::medium(&setup.directory);
+        let gap = if medium == Medium::Flash { setup.pace.seldom } else { setup.pace.often };
+        let status = Writer::new(Status { loaded: restored.note.clone(), written: None, medium, trouble: None });
+        Ok(Self { setup, state: restored.state, gap, status, writer, leave: Rc::default() })
     }
 
     #[must_use]
@@ -272,8 +244,7 @@ impl Keeper {
             return Ok(());
         }
         let bytes = self.encode(new.unix, &peers).await;
-        self.jobs.send(bytes).await.context("the writer has ended")?;
-        let result = self.results.recv().await.context("the writer has ended")?;
+        let result = self.writer.write(bytes).await?;
         let (directory, now) = (self.setup.directory.display(), self.setup.clock.now());
         self.status.update(|status| match result {
             Ok(len) => {
@@ -309,56 +280,4 @@ impl Keeper {
         }
         encoder.finish()
     }
-}
-
-fn writer(directory: &Path, todo: &Receiver<Vec<u8>>, done: &Sender<io::Result<usize>>) {
-    while let Ok(mut snapshot) = todo.recv_blocking() {
-        codec::seal(&mut snapshot);
-        let result = store(directory, &snapshot).map(|()| snapshot.len());
-        drop(snapshot);
-        if done.send_blocking(result).is_err() {
-            return;
-        }
-    }
-}
-
-/// The old file stays whole until the new one is.
-fn store(directory: &Path, snapshot: &[u8]) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let unfinished = directory.join(UNFINISHED);
-    let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
-        file.write_all(snapshot)?;
-        file.sync_all()?;
-        fs::rename(&unfinished, directory.join(NAME))
-    };
-    // A full disk has better use for what was written of it.
-    write().inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
-    File::open(directory)?.sync_all()
-}
-
-/// What the directory is on, and whether writing wears it out. An overlay is a router's flash more often than not.
-fn medium(directory: &Path) -> (&'static str, bool) {
-    // linux/magic.h; f2fs is made for flash, ubifs and jffs2 know nothing else.
-    const FLASH: [u32; 4] = [0x72b6, 0x2405_1905, 0x794c_7630, 0xf2f5_2010];
-    const MEMORY: [u32; 2] = [0x0102_1994, 0x8584_58f6];
-    const HOURLY: &str = "on flash: at most once an hour";
-    // It may not be there yet.
-    let Some(there) = directory.ancestors().find(|d| d.exists()) else { return ("", false) };
-    let kind = rustix::fs::statfs(there).map_or(0, |s| s.f_type as u32);
-    if FLASH.contains(&kind) || is_card(there) {
-        (HOURLY, true)
-    } else if MEMORY.contains(&kind) {
-        ("in memory: lost at a reboot", false)
-    } else {
-        ("at most once a minute", false)
-    }
-}
-
-/// Whether the device is an SD card or eMMC, whatever file system is on it.
-fn is_card(directory: &Path) -> bool {
-    let device = fs::metadata(directory).map_or(0, |m| m.dev());
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let block = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).unwrap_or_default();
-    block.components().any(|c| c.as_os_str().to_string_lossy().starts_with("mmcblk"))
 }

@@ -12,3 +12,4 @@ mod json;
 mod manifests;
 mod proxy;
 mod proxy_pump;
+mod snapshot;
