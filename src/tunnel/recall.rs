@@ -1,7 +1,7 @@
 //! What a node knows of its peers from before a restart: certificates, and where each was reached last.
 //! So it reaches them again while the relays are away.
 
-use super::{identity::Certificate, node::Node, path::Path, peer::PEERS_MAX};
+use super::{identity::Certificate, node::Node, path::Path, peer::PEERS_MAX, slot::Slot};
 use crate::metrics::bump;
 use std::{collections::BTreeMap, net::SocketAddr, time::Instant};
 
@@ -67,7 +67,9 @@ impl Node {
     /// A dial by a remembered address that nobody has answered gives way to a path that leads there for sure.
     pub(super) fn redial(&mut self, now: Instant, name: &str, path: Path, certificate: &Certificate) {
         let Some(index) = self.peers.get(name).and_then(|p| p.dialing.filter(|d| p.guess == Some(*d))) else { return };
-        if self.slots.get(index).is_some_and(|s| s.rx_bytes == 0 && s.path != path) {
+        // Bytes prove nothing: those of a connection of before the restart may come to this slot.
+        let answered = |s: &Slot| s.conn.stats().frame_rx.crypto > 0;
+        if self.slots.get(index).is_some_and(|s| !answered(s) && s.path != path) {
             if let Some(peer) = self.peers.get_mut(name) {
                 (peer.dialing, peer.guess, peer.want) = (None, None, None);
             }
