@@ -13,3 +13,4 @@ mod manifests;
 mod proxy;
 mod proxy_pump;
 mod snapshot;
+mod snapshot_run;
