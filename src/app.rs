@@ -19,10 +19,12 @@ use crate::{
     proxy::{Proxy, rules::Ports},
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
+    snapshot::{self, Keeper, Leave, Pace, Restored},
     sys,
     table::{
         Table,
         balance::{Balancer, Here},
+        model::Source,
         statics,
     },
     tasks::Tasks,
@@ -83,8 +85,9 @@ pub fn cleanup() -> anyhow::Result<Vec<String>> {
 async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Result<()> {
     // Before anything is changed in the kernel, so that a signal undoes it.
     let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("signals")?;
-    let clock = Clock::new(BUILT);
     let config = &start.config;
+    let found = snapshot::find(&config.node.state_dir);
+    let clock = Clock::new(BUILT).remembering(found.unix());
     let bundle = start.bundle.as_deref().or(config.node.bundle.as_deref()).map(read_bundle).transpose()?;
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let node = checks::name(config, bundle.as_ref(), &host)?;
@@ -96,11 +99,12 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
 
     let table = Rc::new(Writer::new(Table::default()));
     feed(&table, &config.services);
+    let restored = found.restore(&table, &restorable(config), &node, bundle.as_ref().map(|b| b.ca.0));
     let mut wiring =
-        Wiring { tasks: Tasks::new(executor), config, bundle, node, table, clock, counts: Counts::default() };
+        Wiring { restored, tasks: Tasks::new(executor), config, bundle, node, table, clock, counts: Counts::default() };
     let started = wiring.parts(socket);
     let Wiring { mut tasks, table, .. } = wiring;
-    let Parts { undo, tunnel } = match started {
+    let Parts { undo, tunnel, leave } = match started {
         Ok(parts) => parts,
         Err(why) => {
             tasks.stop_all_but(&[]).await;
@@ -131,13 +135,19 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
         }
         pending().await
     };
-    let drained = or(drain(tasks, undo, tunnel), impatience).await;
+    let drained = or(drain(tasks, undo, tunnel, leave), impatience).await;
     ended.and(drained)
 }
 
 /// Connections end while their packets still find the way back; then a word to peers and relays; then the rules.
-async fn drain(mut tasks: Tasks, undo: Option<Undo>, tunnel: Option<tunnel::Handle>) -> anyhow::Result<()> {
-    tasks.stop_all_but(&["rules", "tunnel"]).await;
+async fn drain(
+    mut tasks: Tasks,
+    undo: Option<Undo>,
+    tunnel: Option<tunnel::Handle>,
+    leave: Rc<Leave>,
+) -> anyhow::Result<()> {
+    tasks.stop_all_but(&["rules", "tunnel", "snapshot"]).await;
+    leave.finish().await;
     if let Some(tunnel) = tunnel {
         let patience = async {
             Timer::after(GOODBYE).await;
@@ -179,6 +189,11 @@ fn feed(table: &Writer<Table>, services: &[StaticService]) {
     table.ring();
 }
 
+/// The sources whose last known state counts until they speak themselves.
+fn restorable(config: &Config) -> Vec<Source> {
+    (!config.kube.manifests.is_empty()).then_some(Source::Manifests).into_iter().collect()
+}
+
 fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
     let mode = fs::metadata(path).with_context(|| format!("bundle {}", path.display()))?.mode();
     if mode & 0o077 != 0 {
@@ -203,6 +218,7 @@ struct Counts {
 struct Parts {
     undo: Option<Undo>,
     tunnel: Option<tunnel::Handle>,
+    leave: Rc<Leave>,
 }
 
 /// What the parts are made from.
@@ -214,6 +230,8 @@ struct Wiring<'c> {
     table: Rc<Writer<Table>>,
     clock: Clock,
     counts: Counts,
+    /// What the snapshot held.
+    restored: Restored,
 }
 
 impl Wiring<'_> {
@@ -229,7 +247,9 @@ impl Wiring<'_> {
         let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
         let proxy_port = self.proxy(handle.clone())?;
         let (undo, rules) = self.rules(dns_port, proxy_port)?.unzip();
+        let (leave, kept) = self.snapshot(handle.clone())?;
         let shown = Shown {
+            kept,
             config: self.config.clone(),
             bundle: self.bundle.as_ref().map(|b| Bundle { key: None, psks: Vec::new(), ..b.clone() }),
             clock: self.clock,
@@ -241,7 +261,7 @@ impl Wiring<'_> {
             tunnel,
         };
         self.admin(socket, shown)?;
-        Ok(Parts { undo, tunnel: handle })
+        Ok(Parts { undo, tunnel: handle, leave })
     }
 
     fn weft0(&self) -> anyhow::Result<()> {
@@ -293,6 +313,7 @@ impl Wiring<'_> {
             }),
             clock: self.clock,
             counters: Rc::clone(&self.counts.tunnel),
+            remembered: std::mem::take(&mut self.restored.peers),
         };
         let (driver, handle) = tunnel::Driver::bind(&self.config.tunnel, setup)?;
         let at = driver.local_addr()?;
@@ -318,6 +339,22 @@ impl Wiring<'_> {
         let port = proxy.port();
         self.tasks.spawn("proxy", proxy.run());
         Ok(Some(port))
+    }
+
+    fn snapshot(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<(Rc<Leave>, Reader<snapshot::Status>)> {
+        let setup = snapshot::Setup {
+            directory: self.config.node.state_dir.clone(),
+            node: self.node.clone(),
+            cluster: self.bundle.as_ref().map(|b| b.ca.0),
+            table: self.table.reader(),
+            tunnel,
+            clock: self.clock,
+            pace: Pace::default(),
+        };
+        let keeper = Keeper::new(setup, &self.restored)?;
+        let (leave, kept) = (keeper.leave(), keeper.status());
+        self.tasks.spawn("snapshot", keeper.run());
+        Ok((leave, kept))
     }
 
     fn rules(

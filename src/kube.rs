@@ -155,6 +155,8 @@ pub struct Manifests {
     /// Patterns and directories that cannot be used, with the reason.
     complaints: BTreeMap<String, String>,
     loaded_once: bool,
+    /// The table holds what files said before a restart, and not all of them could be read since.
+    stale: bool,
     pod_names: bool,
     sources: Sources,
 }
@@ -166,9 +168,11 @@ impl Manifests {
         if !patterns.is_empty() {
             table.update(|t| t.expect(Source::Manifests));
         }
+        let stale = table.update(|t| t.objects(Source::Manifests)) > 0;
         Self {
             patterns: patterns.to_vec(),
             table,
+            stale,
             clock,
             files: BTreeMap::new(),
             complaints: BTreeMap::new(),
@@ -270,8 +274,11 @@ impl Manifests {
         }
         self.loaded_once |=
             self.files.is_empty() || self.files.values().any(|f| f.broken.is_none()) || self.clock.uptime() >= GRACE;
+        // No files at all are files that are not there yet: it takes a list to replace one.
+        let unread = |f: &File| f.broken.is_some() && f.ids.is_empty();
+        self.stale &= self.files.is_empty() || self.files.values().any(unread);
         let changed = self.table.update(|t| {
-            let end = if self.loaded_once { Change::Complete } else { Change::Abort };
+            let end = if self.loaded_once && !self.stale { Change::Complete } else { Change::Abort };
             t.apply(end(Source::Manifests));
             t.version() != version
         });

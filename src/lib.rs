@@ -9,8 +9,8 @@
 //! ```text
 //!  [[service]] ─┐                       ┌─► dns    ── answers, or asks the upstreams
 //!  manifests  ──┼─► Change ─► Table ────┼─► rules  ── iptables-restore, weft0, routes
-//!  (API later) ─┘   (one writer, bell)  └─► proxy  ── accept ─► route ─► pump ─► endpoint
-//!                                              ▲                  │
+//!  (API later) ─┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
+//!  snapshot   ──┘                       └─► snapshot  ▲           │      (its own thread writes)
 //!                        serve_remote ─────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
@@ -24,6 +24,7 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod kube;
@@ -35,6 +36,7 @@ pub mod pump;
 pub mod resolver;
 pub mod rules;
 pub mod shared;
+pub mod snapshot;
 pub mod sys;
 pub mod table;
 pub mod tasks;

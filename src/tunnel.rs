@@ -19,6 +19,7 @@ mod outbox;
 mod path;
 mod peer;
 mod punch;
+mod recall;
 mod relay;
 mod slot;
 mod stream;
@@ -30,6 +31,7 @@ mod ways;
 pub use home::RelaySpec;
 pub use keys::Key;
 pub use lan::Link;
+pub use recall::Remembered;
 pub use relay::RelayLoad;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
@@ -119,13 +121,15 @@ pub struct Setup {
     pub lookup: Lookup,
     pub clock: Clock,
     pub counters: Rc<TunnelCounters>,
+    /// Peers of before a restart.
+    pub remembered: Vec<Remembered>,
 }
 
 impl Driver {
     /// # Errors
     /// When the port is taken, or the bundle has no key, or a relay of the config has no certificate.
     pub fn bind(config: &TunnelConfig, setup: Setup) -> anyhow::Result<(Self, Handle)> {
-        let Setup { name, bundle, key, is_relay, mark, lookup, clock, counters } = setup;
+        let Setup { name, bundle, key, is_relay, mark, lookup, clock, counters, remembered } = setup;
         let secret =
             key.or_else(|| bundle.key.clone()).context("the bundle has no key and the node has none either")?;
         let pair = KeyPair::from_private(secret)?;
@@ -183,7 +187,8 @@ impl Driver {
             gso: 1,
             seed: None,
         };
-        let node = Node::new(node, clock.now(), fastrand::Rng::new(), Rc::clone(&counters));
+        let mut node = Node::new(node, clock.now(), fastrand::Rng::new(), Rc::clone(&counters));
+        node.remember(remembered);
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
         let driver = Self {

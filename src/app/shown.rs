@@ -8,6 +8,7 @@ use crate::{
     kube::Sources,
     rules,
     shared::Reader,
+    snapshot,
     table::{Table, model::Source},
     tunnel::{self, identity::Bundle},
 };
@@ -25,6 +26,7 @@ pub(super) struct Shown {
     pub(super) proxy_port: Option<u16>,
     pub(super) rules: Option<Reader<rules::Status>>,
     pub(super) tunnel: Option<(SocketAddr, tunnel::Handle)>,
+    pub(super) kept: Reader<snapshot::Status>,
 }
 
 impl Shown {
@@ -42,6 +44,11 @@ impl Shown {
             part("proxy", proxy.enable, self.proxy_port.map(|port| format!("TCP, served at {ip}:{port}"))),
             part("rules", dns.enable || proxy.enable, self.rules.as_ref().map(|r| r.read(rules_note))),
             part("tunnel", tunnel.enable, self.tunnel.as_ref().map(|(at, _)| format!("UDP {at}"))),
+            self.kept.read(|kept| view::Part {
+                name: "snapshot".into(),
+                on: kept.trouble.is_none(),
+                note: kept.note(self.clock.now()),
+            }),
             part("relay", relay.enable, load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows))),
         ]
     }
@@ -68,6 +75,7 @@ impl Shown {
         if let Some(rules) = &self.rules {
             out.extend(rules.read(|r| r.errors.iter().chain(&r.notes).cloned().collect::<Vec<_>>()));
         }
+        out.extend(self.kept.read(|kept| kept.trouble.clone()));
         out
     }
 }

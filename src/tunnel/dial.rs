@@ -65,18 +65,31 @@ impl Node {
 
     /// Dials where the way is known, else asks for it.
     fn reach(&mut self, now: Instant, name: &str) {
+        self.recall(name);
         let relays = self.homes.len();
         let Some(peer) = self.peers.get_mut(name) else { return };
         if peer.dialing.is_some() || peer.want.is_some() {
             return;
         }
+        let cached = peer.paths.current().is_none();
         let known = peer.paths.current().or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
             peer.paths.last_good().filter(|_| alone).map(Path::Direct)
         });
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
-            return self.dial(now, name, path, &certificate);
+            self.dial(now, name, path, &certificate);
+            if cached {
+                // The peer may have moved: a beacon or a relay that says so wins.
+                if let Some(peer) = self.peers.get_mut(name) {
+                    peer.guess = peer.dialing;
+                }
+                self.lan.ask(now);
+                if relays > 0 {
+                    self.want_flow(now, name);
+                }
+            }
+            return;
         }
         if relays == 0 && !self.lan.enabled() {
             return self.give_up(name, "no relay is configured");
@@ -131,7 +144,7 @@ impl Node {
         for peer in self.peers.iter_mut().filter(due) {
             let Some(want) = &mut peer.want else { continue };
             want.next_ask = now + ASK_AGAIN;
-            if now >= want.since + ANSWER_WAIT && peer.slot.is_none() {
+            if now >= want.since + ANSWER_WAIT && peer.slot.is_none() && peer.dialing.is_none() {
                 late.push(peer.name.clone());
             } else {
                 self.homes.ask(want.request, &peer.name, &mut self.outbox);
@@ -265,11 +278,13 @@ impl Node {
         let Some(peer) = self.peers.get_mut(&name) else { return };
         peer.want = None;
         peer.set_relay(now, Some(path));
-        let idle = peer.slot.is_none() && peer.dialing.is_none();
+        let (idle, dialing) = (peer.slot.is_none() && peer.dialing.is_none(), peer.dialing.is_some());
         self.know(&name, &certificate);
         self.seek(now, &name);
         if idle {
             self.dial(now, &name, path, &certificate);
+        } else if dialing {
+            self.redial(now, &name, path, &certificate);
         }
         self.follow(&name);
     }
@@ -282,7 +297,11 @@ impl Node {
         if !want.unknown_at.contains(&relay) {
             want.unknown_at.push(relay);
         }
-        if want.unknown_at.len() >= all && peer.slot.is_none() && now >= want.since + UNKNOWN_GRACE {
+        if want.unknown_at.len() >= all
+            && peer.slot.is_none()
+            && peer.dialing.is_none()
+            && now >= want.since + UNKNOWN_GRACE
+        {
             let name = peer.name.clone();
             self.give_up(&name, "no relay knows it: it is not registered, or the name is wrong");
         }

@@ -159,7 +159,9 @@ impl Node {
             if new {
                 self.seek(now, &name);
             }
-        } else if peer.dialing.is_none() && !peer.waiting.is_empty() {
+        } else if peer.dialing.is_some() {
+            self.redial(now, &name, Path::Direct(from), &certificate);
+        } else if !peer.waiting.is_empty() {
             peer.want = None;
             self.dial(now, &name, Path::Direct(from), &certificate);
         }

@@ -5,6 +5,7 @@ use super::{
     identity::Certificate,
     path::Path,
     punch::Paths,
+    recall::Remembered,
 };
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -12,7 +13,7 @@ use std::{
 };
 
 /// Records; when full, one without a connection goes.
-const PEERS_MAX: usize = 1000;
+pub(super) const PEERS_MAX: usize = 1000;
 /// The dialler says after this that nobody answered, and what waits for it fails.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
 /// Between questions to the relays for a flow: a lost packet costs so much.
@@ -34,6 +35,8 @@ pub(super) struct Peer {
     pub(super) slot: Option<u32>,
     /// A handshake of ours under way.
     pub(super) dialing: Option<u32>,
+    /// That one, where it goes to an address of before a restart and nobody has said that it still holds.
+    pub(super) guess: Option<u32>,
     pub(super) paths: Paths,
     pub(super) path_since: Instant,
     pub(super) disco: Option<DiscoKeys>,
@@ -54,6 +57,7 @@ impl Peer {
             certificate: None,
             slot: None,
             dialing: None,
+            guess: None,
             paths: Paths::default(),
             path_since: now,
             disco: None,
@@ -84,6 +88,8 @@ pub(super) struct Peers {
     by_name: BTreeMap<String, Peer>,
     by_flow: HashMap<(usize, u32), String>,
     by_disco: HashMap<u64, String>,
+    /// Of before a restart, unchecked; at most [`PEERS_MAX`].
+    pub(super) of_before: BTreeMap<String, Remembered>,
 }
 
 impl Peers {

@@ -2,7 +2,7 @@
 //! streams, which borrow the node inside a poll only.
 
 use super::{
-    RelayLoad,
+    RelayLoad, Remembered,
     node::Node,
     streams::{Progress, STREAMS_MAX},
 };
@@ -182,6 +182,12 @@ impl Handle {
     #[must_use]
     pub fn relays(&self) -> Vec<RelayView> {
         self.0.node().relay_views()
+    }
+
+    /// What is worth knowing of peers after a restart; at most 1,000.
+    #[must_use]
+    pub fn remembered(&self) -> Vec<Remembered> {
+        self.0.node().remembered()
     }
 
     /// Of a relay: how much it carries.

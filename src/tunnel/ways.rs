@@ -129,6 +129,9 @@ impl Node {
                 self.touch(index);
             }
         }
+        if let Some(certificate) = self.peers.get(name).and_then(|p| p.certificate.clone()) {
+            self.redial(now, name, path, &certificate);
+        }
     }
 
     /// Connections take the peer's path where it was set without a switch.

@@ -14,3 +14,5 @@ mod licences;
 mod manifests;
 mod proxy;
 mod proxy_pump;
+mod snapshot;
+mod snapshot_run;

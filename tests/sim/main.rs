@@ -4,6 +4,7 @@
 mod direct;
 mod nat;
 mod pair;
+mod recall;
 mod relayed;
 mod world;
 

@@ -1,0 +1,234 @@
+//! Table and peers -> bytes.
+
+use super::{
+    HEADER, MAGIC, Meta, NODE, PEERS_MAX, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum, source_byte,
+};
+use crate::{
+    table::{
+        Record, Table,
+        model::{Affinity, Endpoint, NodeInfo, Protocol, Service, ServiceKind, Slice, Source},
+    },
+    tunnel::Remembered,
+};
+use std::net::{IpAddr, SocketAddr};
+
+/// Records that one step takes: well under a millisecond.
+const STEP: usize = 256;
+
+/// Writes a table in steps, between which it may change: what it misses by that comes with the next snapshot, and
+/// a Service and its slices are of one moment.
+#[derive(Debug)]
+pub struct Encoder {
+    out: Vec<u8>,
+    /// Where the bits of the complete sources are, and the number of objects.
+    complete_at: usize,
+    count_at: usize,
+    objects: u32,
+    left_out: usize,
+    next: usize,
+}
+
+/// The part of the body that tells of peers; equal peers give equal bytes.
+#[must_use]
+pub fn encode_peers(peers: &[Remembered]) -> Vec<u8> {
+    let peers = &peers[..peers.len().min(PEERS_MAX)];
+    let mut out = Vec::new();
+    put_len(&mut out, peers.len());
+    for peer in peers {
+        let certificate = peer.certificate.encode();
+        put_len(&mut out, certificate.len());
+        out.extend_from_slice(&certificate);
+        put_socket(&mut out, peer.address);
+    }
+    out
+}
+
+impl Encoder {
+    /// `peers` as of [`encode_peers`].
+    #[must_use]
+    pub fn new(meta: &Meta, peers: &[u8], table: &Table) -> Self {
+        let mut out = Vec::with_capacity(4 << 10);
+        out.extend_from_slice(MAGIC);
+        out.extend_from_slice(&VERSION.to_be_bytes());
+        out.resize(HEADER, 0);
+        out.extend_from_slice(&meta.unix.to_be_bytes());
+        put_text(&mut out, &meta.node);
+        match &meta.cluster {
+            None => out.push(0),
+            Some(ca) => {
+                out.push(1);
+                out.extend_from_slice(ca);
+            }
+        }
+        let complete = |source| table.lists.get(&source).is_some_and(super::super::reduce::List::complete);
+        let complete_at = out.len();
+        out.push(SOURCES.iter().filter(|(source, _)| complete(*source)).fold(0, |bits, (_, byte)| bits | byte));
+        out.extend_from_slice(peers);
+        let count_at = out.len();
+        out.extend_from_slice(&[0; 4]);
+        Self { out, complete_at, count_at, objects: 0, left_out: 0, next: 0 }
+    }
+
+    /// True once everything is in.
+    pub fn step(&mut self, table: &Table) -> bool {
+        let until = table.records.len().min(self.next + STEP);
+        let from = std::mem::replace(&mut self.next, until);
+        table.records.get(from..until).unwrap_or_default().iter().for_each(|record| self.record(record));
+        if until < table.records.len() {
+            return self.out.len() > SNAPSHOT_MAX;
+        }
+        for entry in table.nodes.values().flatten() {
+            self.object(NODE, entry.source, |out| put_node(out, &entry.value));
+        }
+        true
+    }
+
+    fn record(&mut self, record: &Record) {
+        for entry in &record.services {
+            self.object(SERVICE, entry.source, |out| put_service(out, &entry.value));
+        }
+        for entry in &record.slices {
+            self.object(SLICE, entry.source, |out| put_slice(out, &entry.value));
+        }
+    }
+
+    fn object(&mut self, kind: u8, source: Source, put: impl FnOnce(&mut Vec<u8>) -> bool) {
+        let Some(source) = source_byte(source) else { return };
+        let start = self.out.len();
+        self.out.extend_from_slice(&[kind, source]);
+        if put(&mut self.out) {
+            self.objects += 1;
+        } else {
+            self.out.truncate(start);
+            self.left_out += 1;
+        }
+    }
+
+    /// The objects that are in, and those that are not: for a text beyond 255 bytes or a list beyond 65,535, or all of
+    /// them where they are beyond [`SNAPSHOT_MAX`].
+    #[must_use]
+    pub fn counts(&self) -> (u32, usize) {
+        if self.out.len() > SNAPSHOT_MAX {
+            (0, self.objects as usize + self.left_out)
+        } else {
+            (self.objects, self.left_out)
+        }
+    }
+
+    /// What [`seal`] makes a snapshot of.
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u8> {
+        let (objects, _) = self.counts();
+        if self.out.len() > SNAPSHOT_MAX {
+            self.out.truncate(self.count_at + 4);
+            // Or the absent names would be said not to exist.
+            self.out[self.complete_at] = 0;
+        }
+        self.out[self.count_at..self.count_at + 4].copy_from_slice(&objects.to_be_bytes());
+        self.out
+    }
+}
+
+/// Fills in length and sum: apart, since a slow CPU takes its time for them.
+pub fn seal(snapshot: &mut [u8]) {
+    let Some((header, body)) = snapshot.split_at_mut_checked(HEADER) else { return };
+    header[10..14].copy_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_be_bytes());
+    header[14..].copy_from_slice(&checksum(body).to_be_bytes());
+}
+
+/// False where it has no room; what was written then is of no use.
+fn put_text(out: &mut Vec<u8>, text: &str) -> bool {
+    let Ok(len) = u8::try_from(text.len()) else { return false };
+    out.push(len);
+    out.extend_from_slice(text.as_bytes());
+    true
+}
+
+fn put_len(out: &mut Vec<u8>, len: usize) -> bool {
+    let Ok(len) = u16::try_from(len) else { return false };
+    out.extend_from_slice(&len.to_be_bytes());
+    true
+}
+
+/// Empty: none. No name is.
+fn put_maybe(out: &mut Vec<u8>, text: Option<&str>) -> bool {
+    put_text(out, text.unwrap_or_default())
+}
+
+fn put_address(out: &mut Vec<u8>, address: IpAddr) {
+    match address {
+        IpAddr::V4(ip) => {
+            out.push(4);
+            out.extend_from_slice(&ip.octets());
+        }
+        IpAddr::V6(ip) => {
+            out.push(6);
+            out.extend_from_slice(&ip.octets());
+        }
+    }
+}
+
+fn put_socket(out: &mut Vec<u8>, address: SocketAddr) {
+    put_address(out, address.ip());
+    out.extend_from_slice(&address.port().to_be_bytes());
+}
+
+fn put_list<T>(out: &mut Vec<u8>, list: &[T], mut put: impl FnMut(&mut Vec<u8>, &T) -> bool) -> bool {
+    put_len(out, list.len()) && list.iter().all(|item| put(out, item))
+}
+
+fn put_addresses(out: &mut Vec<u8>, list: &[IpAddr]) -> bool {
+    put_list(out, list, |out, ip| {
+        put_address(out, *ip);
+        true
+    })
+}
+
+fn put_port(out: &mut Vec<u8>, name: &str, protocol: Protocol, numbers: &[u16]) -> bool {
+    out.push(match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    });
+    numbers.iter().for_each(|n| out.extend_from_slice(&n.to_be_bytes()));
+    put_text(out, name)
+}
+
+fn put_service(out: &mut Vec<u8>, s: &Service) -> bool {
+    let (kind, target) = match &s.kind {
+        ServiceKind::ClusterIp => (0, ""),
+        ServiceKind::Headless => (1, ""),
+        ServiceKind::External(target) => (2, &**target),
+    };
+    // 0: no affinity; the API allows 1 to 86,400 s.
+    let sticky = match s.affinity {
+        Affinity::None => 0,
+        Affinity::ClientIp { timeout } => u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1),
+    };
+    out.extend_from_slice(&[kind, u8::from(s.local_only) | u8::from(s.not_proxied) << 1]);
+    out.extend_from_slice(&sticky.to_be_bytes());
+    put_text(out, &s.id.namespace)
+        && put_text(out, &s.id.name)
+        && put_text(out, target)
+        && put_addresses(out, &s.vips)
+        && put_addresses(out, &s.external_ips)
+        && put_list(out, &s.ports, |out, p| put_port(out, &p.name, p.protocol, &[p.number, p.node_port]))
+}
+
+fn put_slice(out: &mut Vec<u8>, s: &Slice) -> bool {
+    put_text(out, &s.id.namespace)
+        && put_text(out, &s.id.name)
+        && put_text(out, &s.service)
+        && put_list(out, &s.ports, |out, p| put_port(out, &p.name, p.protocol, &[p.number]))
+        && put_list(out, &s.endpoints, put_endpoint)
+}
+
+fn put_endpoint(out: &mut Vec<u8>, e: &Endpoint) -> bool {
+    put_address(out, e.address);
+    out.push(u8::from(e.ready) | u8::from(e.serving) << 1 | u8::from(e.terminating) << 2);
+    [&e.hostname, &e.node, &e.zone, &e.pod].into_iter().all(|name| put_maybe(out, name.as_deref()))
+}
+
+fn put_node(out: &mut Vec<u8>, n: &NodeInfo) -> bool {
+    put_text(out, &n.name) && put_maybe(out, n.zone.as_deref()) && put_addresses(out, &n.addresses)
+}
