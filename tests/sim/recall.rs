@@ -81,8 +81,8 @@ fn a_connection_that_was_made_without_a_relay_falls_back_on_one_that_came_later(
         let address = p.world.hosts[2].address;
         place(&mut p.world, 2, address);
         let (near, far) = connect(&mut p.world, 10 * SEC).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-        // Both have lost the relays for long, and get them back.
-        p.world.run(60 * SEC, |_| false);
+        // So long that the relays have forgotten both, too.
+        p.world.run(120 * SEC, |_| false);
         (p.world.hosts[0].cut, p.world.hosts[3].cut) = (false, false);
         let registered = |w: &World, host: usize| w.hosts[host].node.relay_views().iter().all(|r| r.registered);
         assert!(p.world.run(200 * SEC, |w| registered(w, 1) && registered(w, 2)), "seed {seed}");
