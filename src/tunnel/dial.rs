@@ -143,7 +143,8 @@ impl Node {
         let mut late = Vec::new();
         for peer in self.peers.iter_mut().filter(due) {
             let Some(want) = &mut peer.want else { continue };
-            want.next_ask = now + ASK_AGAIN;
+            // Whoever has a connection can wait.
+            want.next_ask = now + if peer.slot.is_some() { ANSWER_WAIT } else { ASK_AGAIN };
             if now >= want.since + ANSWER_WAIT && peer.slot.is_none() && peer.dialing.is_none() {
                 late.push(peer.name.clone());
             } else {
@@ -376,9 +377,12 @@ impl Node {
         }
         log::info!(target: "tunnel", "{name}: connected by {}", self.describe(path));
         self.know(&name, certificate);
+        // Without a relay to fall back on, the connection would end with its path.
+        let bare = |p: &Peer| !path.is_relay() && p.paths.relay().is_none();
+        let bare = self.homes.len() > 0 && self.peers.get(&name).is_some_and(bare);
         if let Some(peer) = self.peers.get_mut(&name) {
             peer.note.clear();
-            peer.want = None;
+            peer.want = peer.want.take().filter(|_| bare);
             if peer.dialing == Some(index) {
                 peer.dialing = None;
             }
@@ -394,6 +398,8 @@ impl Node {
         self.follow(&name);
         if path.is_relay() {
             self.seek(now, &name);
+        } else if bare && self.peers.get(&name).is_some_and(|p| p.want.is_none()) {
+            self.want_flow(now, &name);
         }
         if let Some(slot) = self.peers.get(&name).and_then(|p| p.slot) {
             self.open_waiting(slot);
@@ -461,8 +467,11 @@ impl Node {
                     self.slots.iter().find(|(_, s)| s.peer.as_ref() == Some(&name) && !s.lost).map(|(i, _)| i);
                 if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.slot == Some(index)) {
                     peer.slot = another;
-                    if another.is_none() && !peer.waiting.is_empty() {
-                        self.reach(now, &name);
+                    if another.is_none() {
+                        peer.want = None;
+                        if !peer.waiting.is_empty() {
+                            self.reach(now, &name);
+                        }
                     }
                 }
             }

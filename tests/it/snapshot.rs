@@ -14,6 +14,7 @@ use std::{
 };
 use weft::{
     clock::{BUILT, Clock},
+    disk::{Medium, medium},
     shared::{Reader, Writer},
     snapshot::{Keeper, Leave, Pace, Setup, Status, find},
     table::{
@@ -225,4 +226,26 @@ fn a_spoilt_file_is_left_out_and_replaced() {
     kept.run(async {
         kept.until("a directory cannot be replaced", |s| s.trouble.is_some()).await;
     });
+}
+
+#[test]
+fn what_a_directory_is_on_is_what_the_kernel_says() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mut seen = 0;
+    for line in mounts.lines() {
+        let [device, at, kind] = line.splitn(4, ' ').collect::<Vec<_>>()[..3] else { panic!("{line}") };
+        // What is mounted over it is seen instead.
+        let hidden = mounts.lines().filter(|l| l.split(' ').nth(1) == Some(at)).count() > 1;
+        let expected = match kind {
+            "tmpfs" | "ramfs" => Medium::Memory,
+            "overlay" | "jffs2" | "ubifs" | "f2fs" => Medium::Flash,
+            "ext4" | "xfs" | "btrfs" if !device.contains("mmcblk") => Medium::Disk,
+            _ => continue,
+        };
+        if !hidden && Path::new(at).is_dir() {
+            assert_eq!(medium(&Path::new(at).join("not/there/yet")), expected, "{line}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 0, "no file system that is known here:\n{mounts}");
 }

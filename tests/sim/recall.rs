@@ -2,7 +2,7 @@
 
 use crate::{
     nat::Kind,
-    pair::{LATER, Pair, SEC, connect, seeds},
+    pair::{LATER, Pair, SEC, connect, payload, seeds},
     world::{Cluster, World},
 };
 use std::{net::SocketAddr, time::Duration};
@@ -66,6 +66,32 @@ fn a_peer_is_reached_while_all_relays_are_away_and_only_because_it_was_known() {
                 assert_eq!(p.world.hosts[1].node.remembered(), known);
             }
         }
+    }
+}
+
+#[test]
+fn a_connection_that_was_made_without_a_relay_falls_back_on_one_that_came_later() {
+    for seed in seeds(10) {
+        let (mut p, known) = restarted(seed, Kind::Public);
+        p.world.hosts[0].cut = true;
+        p.world.hosts[3].cut = true;
+        p.world.hosts[1].node.remember(known);
+        let (node, count) = p.world.node(&p.cluster, &p.b, p.relays.clone());
+        (p.world.hosts[2].node, p.world.hosts[2].count) = (node, count);
+        let address = p.world.hosts[2].address;
+        place(&mut p.world, 2, address);
+        let (near, far) = connect(&mut p.world, 10 * SEC).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        // So long that the relays have forgotten both, too.
+        p.world.run(120 * SEC, |_| false);
+        (p.world.hosts[0].cut, p.world.hosts[3].cut) = (false, false);
+        let registered = |w: &World, host: usize| w.hosts[host].node.relay_views().iter().all(|r| r.registered);
+        assert!(p.world.run(200 * SEC, |w| registered(w, 1) && registered(w, 2)), "seed {seed}");
+        p.world.run(6 * SEC, |_| false);
+        p.world.blocked.push((1, 2));
+        let start = p.world.now;
+        let bytes = payload(20_000);
+        let got = p.world.transfer(near, far, &bytes, 20 * SEC).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        assert!(got == bytes && p.world.now - start < 5 * SEC, "seed {seed}: {:?}", p.world.now - start);
     }
 }
 
