@@ -102,10 +102,10 @@ def pour(conn, count, stop=None):
 class End:
     """One node: its agent, a Service on it, and what the internet sees of it."""
 
-    def __init__(self, net, number, node, address, router, kind, bare=False):
+    def __init__(self, net, number, node, address, router, kind):
         self.net, self.number, self.node, self.address, self.kind = net, number, node, address, kind
         self.name, self.vip, self.router = f"edge-{number}", f"10.96.1.{number}", router
-        self.bare, self.agent, self.sinks, self.stops = bare, None, {}, {}
+        self.agent, self.sinks, self.stops, self.poured = None, {}, {}, {}
         self.server = Service(node, FLOW_PORT, self._serve)
 
     @property
@@ -120,7 +120,7 @@ class End:
         if what == b"P":
             self.sinks.setdefault(token, Sink()).drain(conn)
         elif what == b"G":
-            pour(conn, count, self.stops.setdefault(token, threading.Event()))
+            self.poured[token] = pour(conn, count, self.stops.setdefault(token, threading.Event()))
         else:
             while piece := conn.recv(BLOCK):
                 conn.sendall(piece)
@@ -145,7 +145,7 @@ class End:
     def direct_to(self, far):
         return self.agent.path_to(far.name) == "direct"
 
-    def restart(self, far=(), relays=0):
+    def restart(self):
         """As after a reboot that left nothing: no memory here, no mapping in the NAT, other public ports than before."""
         if self.agent.process and self.agent.process.alive():
             self.agent.kill()
@@ -153,7 +153,7 @@ class End:
         if self.router and self.router.nat:
             self.router.rebind(address=False)
         self.agent.start()
-        wait_for(lambda: self.agent.registered(relays or len(self.net.at)), READY, 0.01,
+        wait_for(lambda: self.agent.registered(len(self.net.at)), READY, 0.01,
                  lambda: f"{self.name} is registered; its log:\n{self.agent.tail()}")
 
 
@@ -271,6 +271,43 @@ def upload(near, far, count, patience=60.0):
     expect(sink.count == count and sink.wrong is None, f"{sink.count:,} of {count:,} bytes; wrong: {sink.wrong}")
 
 
+class Flow:
+    """A transfer that goes on until `end`: to the near end, or from it."""
+
+    def __init__(self, near, far, down):
+        self.near, self.far, self.down = near, far, down
+        self.socket, self.token = near.connect(far, b"G" if down else b"P", timeout=60)
+        if down:
+            self.sink, self.stop = Sink(), far.stops.setdefault(self.token, threading.Event())
+            work = lambda: self.sink.drain(self.socket)
+        else:
+            self.sink, self.stop = far.sinks.setdefault(self.token, Sink()), threading.Event()
+            work = self._pour
+        threading.Thread(target=work, daemon=True).start()
+
+    def _pour(self):
+        with contextlib.suppress(OSError):
+            self.near.poured[self.token] = pour(self.socket, 0, self.stop)
+
+    def more(self, count, patience=20.0):
+        """Waits until so many more bytes have come."""
+        want = self.sink.count + count
+        wait_for(lambda: self.sink.count >= want or self.sink.ended.is_set(), patience, 0.01,
+                 lambda: f"{count:,} more bytes; {self.sink.count - want + count:,} came")
+
+    def end(self, patience=30.0):
+        """Every byte that was sent has come, in order, and then FIN."""
+        self.stop.set()
+        expect(self.sink.ended.wait(patience), f"no FIN within {patience:g} s after {self.sink.count:,} bytes")
+        self.close()
+        sent = (self.far if self.down else self.near).poured.get(self.token)
+        expect(self.sink.wrong is None and self.sink.count == sent, f"{self.sink.count:,} of {sent} bytes; wrong: {self.sink.wrong}")
+
+    def close(self):
+        self.stop.set()
+        self.socket.close()
+
+
 def until_direct(a, b, patience, every=0.01):
     """Seconds until both say that they are direct; None where they do not."""
     begin = time.monotonic()
@@ -294,5 +331,5 @@ def percentile(ordered, p):
     return ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)]
 
 
-__all__ = ["ALL", "LabError", "Net", "RELAY_SHARE", "SHORT", "Sink", "Tally", "direct_possible", "download", "each", "expect",
+__all__ = ["ALL", "Flow", "LabError", "Net", "RELAY_SHARE", "SHORT", "Sink", "Tally", "direct_possible", "download", "each", "expect",
            "percentile", "pour", "spread", "until_direct", "upload", "wait_for", "words"]
