@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 
 from .kernel import end_process, run, started_at
 
@@ -22,7 +23,7 @@ class Ledger:
         os.makedirs(LEDGERS, exist_ok=True)
         sweep()
         self.prefix = "w" + secrets.token_hex(3)
-        self.path = f"{LEDGERS}/{self.prefix}.json"
+        self.path, self.lock = f"{LEDGERS}/{self.prefix}.json", threading.Lock()
         self.things = {"owner": [os.getpid(), started_at(os.getpid())], "kept": kept,
                        "processes": [], "namespaces": [], "folders": []}
         self._write()
@@ -30,8 +31,9 @@ class Ledger:
         _arm()
 
     def note(self, kind, thing):
-        self.things[kind].append(thing)
-        self._write()
+        with self.lock:
+            self.things[kind].append(thing)
+            self._write()
 
     def keep(self):
         """From now on the end of this process removes nothing: `stop` does."""

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 
 from .kernel import LabError
@@ -144,14 +145,26 @@ class Agent:
         def answers():
             if not self.process.alive():
                 raise LabError(f"{self.name} ended with {self.process.wait()}:\n{self.tail()}")
-            return self.ask("status", check=False)
-        wait_for(answers, READY, what=lambda: f"{self.name} answers `weft status`; its log:\n{self.tail()}")
+            return self.tell("status")
+        wait_for(answers, READY, 0.01, what=lambda: f"{self.name} answers `weft status`; its log:\n{self.tail()}")
 
     def ask(self, *command, check=True):
         """JSON that `weft COMMAND --json` prints; None where it fails and may."""
         argv = [executable(), command[0], "--socket", self.config["admin"]["socket"], "--json", *command[1:]]
         text = self.node.run(*argv, check=check)
         return json.loads(text) if text.strip() else None
+
+    def tell(self, command):
+        """The same by its socket, without a process; None where nobody answers."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(5)
+            try:
+                s.connect(self.config["admin"]["socket"])
+                s.sendall(command.encode() + b"\n")
+                text = b"".join(iter(lambda: s.recv(1 << 16), b""))
+            except OSError:
+                return None
+        return json.loads(text) if text else None
 
     def say(self, *command):
         """What the command prints for people."""
@@ -161,14 +174,24 @@ class Agent:
         """{"tunnel_rx_datagrams": 3, …}"""
         return self.ask("status")["counters"]
 
+    def peer(self, name):
+        """What it says of a peer; {} where it knows none of that name."""
+        peers = (self.tell("peers") or {}).get("peers", [])
+        return next((p for p in peers if p["name"] == name), {})
+
     def path_to(self, peer):
         """"direct", "relay" or "none", as the agent says."""
-        return next((p["path"] for p in self.ask("peers")["peers"] if p["name"] == peer), None)
+        return self.peer(peer).get("path")
 
-    def registered(self):
-        """Whether at least one relay has us."""
-        status = self.ask("status")
-        return any(r.get("registered") for r in status.get("relays", []))
+    def registered(self, relays=1):
+        """Whether so many relays have us."""
+        status = self.tell("status") or {}
+        return sum(bool(r.get("registered")) for r in status.get("relays", [])) >= relays
+
+    def forget(self):
+        """Nothing is left of an earlier life but the bundle."""
+        shutil.rmtree(self.config["node"]["state_dir"], ignore_errors=True)
+        os.makedirs(self.config["node"]["state_dir"])
 
     def stop(self):
         """SIGTERM; its exit code, None where it had to be killed."""

@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
+import threading
 import time
 
 from . import kernel, links, undo
@@ -201,6 +202,7 @@ class Lab:
         self.ledger = undo.Ledger(kept)
         self.prefix = self.ledger.prefix
         self.nodes, self.sites, self.count = {}, {}, 0
+        self.severed, self.lock = set(), threading.Lock()
         self.folder = f"{tempfile.gettempdir()}/weft-lab-{self.prefix}"
         self.ledger.note("folders", self.folder)
         os.mkdir(self.folder, 0o700)
@@ -249,6 +251,25 @@ class Lab:
             site.hosts[role] = host
         self.sites[name] = site
         return site
+
+    def sever(self, one, other):
+        """Nothing passes between these public addresses any more, either way, and nobody is told; what goes by a third
+        host does."""
+        with self.lock:
+            self.severed |= {(one, other), (other, one)}
+            self._cut()
+
+    def join(self, one, other):
+        """Undoes `sever`."""
+        with self.lock:
+            self.severed -= {(one, other), (other, one)}
+            self._cut()
+
+    def _cut(self):
+        elements = ", ".join(f"{a} . {b}" for a, b in sorted(self.severed))
+        kernel.nft(self.core.ns, "table ip cut\ndelete table ip cut\n" + (
+            f"table ip cut {{\n set pairs {{ type ipv4_addr . ipv4_addr; elements = {{ {elements} }}; }}\n"
+            " chain c { type filter hook forward priority 0; ip saddr . ip daddr @pairs drop; }\n}\n" if elements else ""))
 
     def number(self):
         self.count += 1
