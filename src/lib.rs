@@ -14,8 +14,21 @@
 //!                        serve_remote ─────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
-//!                                       └─► one UDP socket: QUIC, relay data, relay control, STUN
+//!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons
 //! ```
+//!
+//! # The tunnel
+//!
+//! `tunnel::node::Node` is the root of everything below `src/tunnel/`. quinn-proto sees one virtual address
+//! for each connection (`slot`); the path below it is a relay's flow or an address of the peer (`path`), and
+//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one.
+//! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
+//! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `relay` the
+//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
+//!
+//! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
+//! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
+//! relay's sealed PONG tells.
 
 pub mod admin;
 pub mod app;

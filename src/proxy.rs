@@ -113,7 +113,7 @@ impl Proxy {
         clock: Clock,
     ) -> Result<Self> {
         let wanted = SocketAddr::new(listen, 0);
-        let listener = sys::tcp_listener(&wanted).with_context(|| format!("proxy: cannot listen on {listen}"))?;
+        let listener = sys::tcp_listener(&wanted).with_context(|| format!("cannot listen on {listen}"))?;
         // Inherited by what is accepted.
         pump::prepare(&listener)?;
         let shared = Shared {
@@ -149,7 +149,7 @@ impl Proxy {
         let clients = accept(&self.listener, &self.shared, &sessions);
         let peers = serve_peers(&self.shared, &sessions);
         let (clients, ()) = sessions.run(zip(clients, peers)).await;
-        clients.context("proxy: listener")
+        clients.context("listener")
     }
 }
 
@@ -176,17 +176,17 @@ async fn accept<'x>(
                         shared.full(&client);
                     }
                     spare = File::open("/dev/null").ok();
-                    shared.say(|| format!("proxy: connections are refused: {e}"));
+                    shared.say(|| format!("connections are refused: {e}"));
                     Timer::after(BREATHER).await;
                     break;
                 }
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM)) => {
-                    shared.say(|| format!("proxy: accept: {e}"));
+                    shared.say(|| format!("accept: {e}"));
                     Timer::after(BREATHER).await;
                     break;
                 }
                 // accept(2): on Linux these are errors of the new connection, or of the network it came over.
-                Err(e) => log::debug!("proxy: accept: {e}"),
+                Err(e) => log::debug!("accept: {e}"),
             }
         }
         yield_now().await;
@@ -219,16 +219,16 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
                 stream.answer(&Ok(()));
                 let counters = &shared.counters;
                 let done = pump::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
-                return log::debug!("proxy: {wanted} for {peer}: {done:?}");
+                return log::debug!("{wanted} for {peer}: {done:?}");
             }
             Err(e) => {
-                shared.say(|| format!("proxy: {peer} wants {wanted}: cannot connect: {e}"));
+                shared.say(|| format!("{peer} wants {wanted}: cannot connect: {e}"));
                 Refusal::ConnectFailed(e.to_string())
             }
         }
     } else {
         bump(&shared.counters.remote_refused);
-        shared.say(|| format!("proxy: refused {peer}, which wants {wanted}: not an endpoint of this node"));
+        shared.say(|| format!("refused {peer}, which wants {wanted}: not an endpoint of this node"));
         Refusal::NotMine
     };
     stream.answer(&Err(refusal));
@@ -281,7 +281,7 @@ impl Shared {
         };
         let mut client = match Async::new(client) {
             Ok(client) => client,
-            Err(e) => return self.say(|| format!("proxy: {e}")),
+            Err(e) => return self.say(|| format!("{e}")),
         };
         let mut tried: Vec<SocketAddr> = Vec::new();
         while tried.len() < TRIES {
@@ -308,19 +308,19 @@ impl Shared {
             };
             match (attempt, back) {
                 (Attempt::Failed(why), Some(back)) => {
-                    log::debug!("proxy: {destination}: {address}: {why}");
+                    log::debug!("{destination}: {address}: {why}");
                     client = back;
                     tried.push(address);
                 }
-                (Attempt::Failed(why), None) => return log::debug!("proxy: {destination}: {why}"),
-                (Attempt::Done(end), _) => return log::debug!("proxy: {destination} by {address}: {end:?}"),
+                (Attempt::Failed(why), None) => return log::debug!("{destination}: {why}"),
+                (Attempt::Done(end), _) => return log::debug!("{destination} by {address}: {end:?}"),
             }
         }
         if tried.is_empty() {
             bump(&self.counters.no_endpoint);
         } else {
             bump(&self.counters.failed);
-            self.say(|| format!("proxy: no endpoint of {destination} can be reached; tried {tried:?}"));
+            self.say(|| format!("no endpoint of {destination} can be reached; tried {tried:?}"));
         }
         reset(client.get_ref());
     }
@@ -344,8 +344,8 @@ impl Shared {
         let sent = match self.opened(&client, &mut stream).await {
             Ok(sent) => sent,
             Err(refusal) => {
-                self.say(|| format!("proxy: {node} refused {}: {refusal:?}", open.endpoint));
-                return (Attempt::Failed(format!("{refusal:?}")), Some(client));
+                self.say(|| format!("{node} refused {}: {refusal}", open.endpoint));
+                return (Attempt::Failed(refusal.to_string()), Some(client));
             }
         };
         if let Err(e) = pump::take(client.get_ref(), sent) {
@@ -402,7 +402,7 @@ impl Shared {
                 return Err(e);
             }
             if !self.unmarked.replace(true) {
-                log::warn!("proxy: own connections are not marked (needs CAP_NET_ADMIN): {e}");
+                log::warn!("own connections are not marked (needs CAP_NET_ADMIN): {e}");
             }
         }
         pump::prepare(&socket)?;

@@ -187,6 +187,9 @@ impl Rules {
                 last = Some(self.clock.now());
                 if self.sync(&mut known).await {
                     backoff.reset();
+                    // What woke us in between must not put off the look at the rules.
+                    let now = self.clock.now();
+                    wait = known.checked.map_or(RECHECK, |at| (at + RECHECK).saturating_duration_since(now)).max(GAP);
                 } else {
                     wait = backoff.delay(&mut rng);
                 }
