@@ -66,7 +66,7 @@ use std::{
 use stream::Shared;
 
 /// Datagrams, or batches of them, that one receive call takes.
-const RX_BATCH: usize = 4;
+const RX_BATCH: usize = 2;
 /// The largest batch that the kernel hands over by GRO.
 const RX_BUFFER: usize = 64 << 10;
 /// Receive calls, or sends, before the other tasks have their turn.

@@ -57,7 +57,7 @@ struct Windows {
 /// design.md 6.1: below 1 GB of RAM, and above.
 fn windows(profile: Profile) -> Windows {
     match profile {
-        Profile::Auto | Profile::Router => Windows { stream: 512 << 10, connection: 1 << 20, send: 1 << 20 },
+        Profile::Auto | Profile::Router => Windows { stream: 512 << 10, connection: 768 << 10, send: 768 << 10 },
         Profile::Server => Windows { stream: 1 << 20, connection: 8 << 20, send: 8 << 20 },
     }
 }
