@@ -125,20 +125,19 @@ class End:
             while piece := conn.recv(BLOCK):
                 conn.sendall(piece)
 
-    def connect(self, far, what, count=0, timeout=20.0):
-        """(socket, token) of a connection to the Service on `far`."""
+    def connect(self, far, what, count=0, timeout=20.0, first=b""):
+        """(socket, token) of a connection to the Service on `far`; `first` goes with the request."""
         token = os.urandom(8)
         s = self.node.tcp(far.vip, VIP_PORT, timeout=timeout)
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        s.sendall(what + token + struct.pack(">Q", count))
+        s.sendall(what + token + struct.pack(">Q", count) + first)
         return s, token
 
     def reaches(self, far, timeout=2.0):
         """Whether one byte comes back over a new connection."""
         with contextlib.suppress(OSError, ConnectionError):
-            s, _ = self.connect(far, b"E", timeout=timeout)
+            s, _ = self.connect(far, b"E", timeout=timeout, first=b"x")
             with s:
-                s.sendall(b"x")
                 return s.recv(1) == b"x"
         return False
 
