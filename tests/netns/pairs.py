@@ -144,16 +144,20 @@ class End:
     def direct_to(self, far):
         return self.agent.path_to(far.name) == "direct"
 
-    def restart(self):
-        """As after a reboot that left nothing: no memory here, no mapping in the NAT, other public ports than before."""
+    def restart(self, ports=True):
+        """As after a reboot that left nothing: no memory here, and (`ports`) no mapping in the NAT, but
+        other public ports than before."""
         if self.agent.process and self.agent.process.alive():
             self.agent.kill()
         self.agent.forget()
-        if self.router and self.router.nat:
+        if ports and self.router and self.router.nat:
             self.router.rebind(address=False)
         self.agent.start()
-        wait_for(lambda: self.agent.registered(len(self.net.at)), READY, 0.01,
-                 lambda: f"{self.name} is registered; its log:\n{self.agent.tail()}")
+        self.serving()
+
+    def serving(self):
+        wait_for(lambda: self.agent.serving(len(self.net.at)), READY, 0.01,
+                 lambda: f"{self.name} serves and is registered; its log:\n{self.agent.tail()}")
 
 
 def _exactly(conn, count):
@@ -201,13 +205,8 @@ class Net:
             relay.start()
         if edges:
             each(lambda e: e.agent.start(), self.ends)
-            self.registered()
+            each(End.serving, self.ends)
         return self
-
-    def registered(self):
-        for e in self.ends:
-            wait_for(lambda e=e: e.agent.registered(len(self.at)), READY,
-                     what=lambda e=e: f"{e.name} is registered at all relays; its log:\n{e.agent.tail()}")
 
     def meter(self, *ends):
         """Starts the counters of all relays and, of these ends, between the NATs."""
