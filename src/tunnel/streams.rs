@@ -15,6 +15,8 @@ use std::time::Instant;
 pub(super) const STREAMS_MAX: usize = 4096;
 /// Streams that wait for a connection; one more is refused.
 const WAITING_MAX: usize = 1024;
+/// Of an OPEN and the first bytes behind it, while the stream waits; what is more waits at the caller.
+const HEAD_MAX: usize = 2048;
 /// Application error codes of RESET_STREAM and STOP_SENDING.
 const ABANDONED: VarInt = VarInt::from_u32(1);
 
@@ -37,7 +39,7 @@ pub(super) struct Stream {
     state: State,
     /// (slot, QUIC's id) once it exists.
     place: Option<(u32, StreamId)>,
-    /// Bytes of ours that go before all data: the OPEN, or our answer.
+    /// Bytes of ours that go before all data: the OPEN and what was written behind it so far, or our answer.
     head: Vec<u8>,
     refused: Option<Refusal>,
     finished: bool,
@@ -322,7 +324,12 @@ impl Node {
         let Some(stream) = self.streams.get_mut(key) else { return Progress::Broken("closed".into()) };
         let (index, id) = match (&stream.state, stream.place) {
             (State::Dead { why }, _) => return Progress::Broken(why.clone()),
-            (State::Waiting | State::Reading { .. }, _) | (_, None) => return Progress::Pending,
+            (State::Waiting, _) => {
+                let len = bytes.len().min(HEAD_MAX.saturating_sub(stream.head.len()));
+                stream.head.extend_from_slice(&bytes[..len]);
+                return if len > 0 { Progress::Bytes(len) } else { Progress::Pending };
+            }
+            (State::Reading { .. }, _) | (_, None) => return Progress::Pending,
             (State::Asked { .. } | State::Live, Some(place)) => place,
         };
         if !self.flush_head(key) {

@@ -125,36 +125,39 @@ class End:
             while piece := conn.recv(BLOCK):
                 conn.sendall(piece)
 
-    def connect(self, far, what, count=0, timeout=20.0):
-        """(socket, token) of a connection to the Service on `far`."""
+    def connect(self, far, what, count=0, timeout=20.0, first=b""):
+        """(socket, token) of a connection to the Service on `far`; `first` goes with the request."""
         token = os.urandom(8)
         s = self.node.tcp(far.vip, VIP_PORT, timeout=timeout)
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        s.sendall(what + token + struct.pack(">Q", count))
+        s.sendall(what + token + struct.pack(">Q", count) + first)
         return s, token
 
     def reaches(self, far, timeout=2.0):
         """Whether one byte comes back over a new connection."""
         with contextlib.suppress(OSError, ConnectionError):
-            s, _ = self.connect(far, b"E", timeout=timeout)
+            s, _ = self.connect(far, b"E", timeout=timeout, first=b"x")
             with s:
-                s.sendall(b"x")
                 return s.recv(1) == b"x"
         return False
 
     def direct_to(self, far):
         return self.agent.path_to(far.name) == "direct"
 
-    def restart(self):
-        """As after a reboot that left nothing: no memory here, no mapping in the NAT, other public ports than before."""
+    def restart(self, ports=True):
+        """As after a reboot that left nothing: no memory here, and (`ports`) no mapping in the NAT, but
+        other public ports than before."""
         if self.agent.process and self.agent.process.alive():
             self.agent.kill()
         self.agent.forget()
-        if self.router and self.router.nat:
+        if ports and self.router and self.router.nat:
             self.router.rebind(address=False)
         self.agent.start()
-        wait_for(lambda: self.agent.registered(len(self.net.at)), READY, 0.01,
-                 lambda: f"{self.name} is registered; its log:\n{self.agent.tail()}")
+        self.serving()
+
+    def serving(self):
+        wait_for(lambda: self.agent.serving(len(self.net.at)), READY, 0.01,
+                 lambda: f"{self.name} serves and is registered; its log:\n{self.agent.tail()}")
 
 
 def _exactly(conn, count):
@@ -202,13 +205,8 @@ class Net:
             relay.start()
         if edges:
             each(lambda e: e.agent.start(), self.ends)
-            self.registered()
+            each(End.serving, self.ends)
         return self
-
-    def registered(self):
-        for e in self.ends:
-            wait_for(lambda e=e: e.agent.registered(len(self.at)), READY,
-                     what=lambda e=e: f"{e.name} is registered at all relays; its log:\n{e.agent.tail()}")
 
     def meter(self, *ends):
         """Starts the counters of all relays and, of these ends, between the NATs."""

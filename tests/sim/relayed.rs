@@ -6,7 +6,7 @@ use crate::{
     world::{NOW, World},
 };
 use std::time::Duration;
-use weft::tunnel::{Refusal, identity::Roles};
+use weft::tunnel::{Progress, Refusal, identity::Roles};
 
 #[test]
 fn streams_carry_all_bytes_both_ways_through_loss_delay_and_duplication() {
@@ -35,6 +35,30 @@ fn the_first_answer_comes_within_three_round_trips_of_registration() {
     // One RTT between the nodes is two links there and two back.
     let rtt = 4 * p.world.delay;
     assert!(p.world.now - start <= 3 * rtt, "{:?}", p.world.now - start);
+}
+
+#[test]
+fn what_is_written_before_there_is_a_connection_comes_with_the_open() {
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
+    p.world.delay = Duration::from_millis(25);
+    p.world.run(2 * SEC, |_| false);
+    let near = p.world.open(1, "b");
+    let request = payload(5000);
+    let Progress::Bytes(early) = p.world.hosts[1].node.write(near.key, &request) else { panic!("nothing is taken") };
+    assert_eq!(p.world.hosts[1].node.write(near.key, &request[early..]), Progress::Pending, "it takes ever more");
+    let start = p.world.now;
+    let (mut far, mut got) = (None, Vec::new());
+    let whole = p.world.run(5 * SEC, |w| {
+        far = far.or_else(|| w.hosts[2].incoming.pop_front().map(|(key, ..)| key));
+        let mut buf = [0; 8192];
+        if let Some(Progress::Bytes(len)) = far.map(|key| w.hosts[2].node.read(key, &mut buf)) {
+            got.extend_from_slice(&buf[..len]);
+        }
+        got.len() >= 500 // the rest may come in another datagram, and out of order
+    });
+    assert!(whole && early > 500 && got == request[..got.len()], "{early} taken, {} came", got.len());
+    // To the relay and back for the flow, there and back for the handshake, and there.
+    assert!(p.world.now - start <= 8 * p.world.delay + p.world.delay, "{:?}", p.world.now - start);
 }
 
 #[test]

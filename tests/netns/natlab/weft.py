@@ -188,6 +188,12 @@ class Agent:
         status = self.tell("status") or {}
         return sum(bool(r.get("registered")) for r in status.get("relays", [])) >= relays
 
+    def serving(self, relays=1):
+        """Registered, and clients are caught by the rules: before that a SYN may be lost, which costs a second."""
+        status = self.tell("status") or {}
+        rules = any(p["name"] == "rules" and p["on"] for p in status.get("parts", []))
+        return rules and sum(bool(r.get("registered")) for r in status["relays"]) >= relays
+
     def forget(self):
         """Nothing is left of an earlier life but the bundle."""
         shutil.rmtree(self.config["node"]["state_dir"], ignore_errors=True)
