@@ -20,7 +20,6 @@ class Ledger:
     """Things made by one lab. Each is noted first and made afterwards."""
 
     def __init__(self, kept=False):
-        os.makedirs(LEDGERS, exist_ok=True)
         sweep()
         self.prefix = "w" + secrets.token_hex(3)
         self.path, self.lock = f"{LEDGERS}/{self.prefix}.json", threading.Lock()
@@ -48,9 +47,15 @@ class Ledger:
             _remove(self.path, self.things)
 
     def _write(self):
-        with open(self.path + ".new", "w", encoding="utf-8") as f:
-            json.dump(self.things, f)
-        os.replace(self.path + ".new", self.path)
+        # The last lab of another run takes the folder with it, also between two calls here.
+        for _ in range(100):
+            os.makedirs(LEDGERS, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.path + ".new", "w", encoding="utf-8") as f:
+                    json.dump(self.things, f)
+                os.replace(self.path + ".new", self.path)
+                return
+        raise OSError(f"{LEDGERS} does not stay")
 
 
 def stop(prefix):
