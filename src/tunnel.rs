@@ -35,6 +35,7 @@ pub use recall::Remembered;
 pub use relay::RelayLoad;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
+pub use view::Sizes;
 
 use crate::{
     clock::Clock,

@@ -23,6 +23,8 @@ const SIMULTANEOUS: Duration = Duration::from_secs(10);
 const UNKNOWN_GRACE: Duration = Duration::from_secs(1);
 /// A client whose Finished is lost a few times sends it again in longer and longer steps.
 const HALF_OPEN_WAIT: Duration = Duration::from_secs(15);
+/// A relay by which nothing came for so long gives way to the one that the peer takes.
+const RELAY_SILENT: Duration = Duration::from_secs(2);
 /// What "nobody answered" can mean.
 const CAUSES: &str = "it is off or cut off, or its psk, CA or key is another than ours says";
 
@@ -196,6 +198,7 @@ impl Node {
             }
             Action::Dial(relay) => self.register(now, relay),
             Action::Registered(relay) => self.registered(now, relay),
+            Action::Moved => self.seek_all(now),
             Action::Lost(relay) => self.relay_lost(now, relay),
             Action::Opened { relay, request, flow, certificate } => {
                 self.flow_opened(now, relay, request, flow, *certificate);
@@ -287,7 +290,7 @@ impl Node {
         } else if dialing {
             self.redial(now, &name, path, &certificate);
         }
-        self.follow(&name);
+        self.follow(now, &name);
     }
 
     fn not_found(&mut self, now: Instant, relay: usize, request: u32) {
@@ -321,7 +324,7 @@ impl Node {
         let idle = peer.slot.is_none() && peer.dialing.is_none() && !peer.waiting.is_empty();
         self.know(&name, &certificate);
         self.peers.bind_flow(relay, flow, &name);
-        self.follow(&name);
+        self.follow(now, &name);
         if idle {
             self.reach(now, &name);
         }
@@ -331,24 +334,36 @@ impl Node {
     pub(super) fn heard(&mut self, now: Instant, index: u32, origin: Origin, len: u64) {
         let Some(slot) = self.slots.get_mut(index) else { return };
         slot.rx_bytes += len;
-        let path = slot.path;
+        slot.feel(now);
         let Some(name) = slot.peer.clone() else { return };
         self.path_heard(now, &name, origin);
-        if path == origin.path() {
-            return;
-        }
         // The relay vouches for whom a flow is with: only then does the path follow.
         if let Origin::Relay { relay, flow } = origin {
             match self.peers.of_flow(relay, flow) {
-                Some(known) if known == name => {
-                    if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.paths.relay() != Some(origin.path())) {
-                        peer.set_relay(now, Some(origin.path()));
-                        self.follow(&name);
-                    }
-                }
+                Some(known) if known == name => self.heard_by(now, &name, relay, origin.path()),
                 Some(_) => {}
                 None => self.homes.who(relay, flow, &mut self.outbox),
             }
+        }
+    }
+
+    /// A peer's datagram came by this relay. Where it takes another one than we do, both would follow each other for ever:
+    /// so the relay of the lower key stays, unless nothing comes by it.
+    fn heard_by(&mut self, now: Instant, name: &str, relay: usize, path: Path) {
+        let key = |relay| self.homes.get(relay).map(|h| h.certificate.key);
+        let Some(peer) = self.peers.get(name) else { return };
+        let follow = match peer.paths.relay() {
+            Some(Path::Relay { relay: ours, .. }) if ours != relay => {
+                key(relay) < key(ours) || now >= peer.relay_heard + RELAY_SILENT
+            }
+            ours => ours != Some(path),
+        };
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        if follow {
+            peer.set_relay(now, Some(path));
+            self.follow(now, name);
+        } else if peer.paths.relay() == Some(path) {
+            peer.relay_heard = now;
         }
     }
 
@@ -395,7 +410,7 @@ impl Node {
         if let Path::Relay { relay, flow } = path {
             self.peers.bind_flow(relay, flow, &name);
         }
-        self.follow(&name);
+        self.follow(now, &name);
         if path.is_relay() {
             self.seek(now, &name);
         } else if bare && self.peers.get(&name).is_some_and(|p| p.want.is_none()) {

@@ -76,6 +76,8 @@ pub(super) enum Action {
     Dial(usize),
     /// The first PONG: the registration holds.
     Registered(usize),
+    /// It sees us at another address than before: a NAT was rebound, or we have moved.
+    Moved,
     /// No registration any more: paths through it are dead.
     Lost(usize),
     Opened {
@@ -333,6 +335,9 @@ impl Homes {
         up.channel.cookie = header.cookie;
         match message {
             Control::Pong { nonce, observed } => {
+                if up.observed.is_some_and(|old| old != observed) {
+                    actions.push(Action::Moved);
+                }
                 if up.pong(now, nonce, observed) {
                     let name = &self.list[relay].certificate.name;
                     log::info!(target: "tunnel", "registered at relay {name}, which sees us as {observed}");

@@ -15,7 +15,7 @@ use super::{
     path::Path,
     peer::Peers,
     relay::{Relay, RelayLoad},
-    slot::{Role, STRANGER, Slot, Slots, virtual_address},
+    slot::{Pulse, Role, STRANGER, Slot, Slots, virtual_address},
     streams::Streams,
     transport::Transport,
 };
@@ -290,10 +290,7 @@ impl Node {
                     STRANGER
                 }
             }
-            Verdict::Reset => match self.slots.iter().find(|(_, s)| s.path == origin.path()) {
-                Some((slot, _)) => slot,
-                None => return bump(&self.count.stray_short_header),
-            },
+            Verdict::Reset => return self.handle_reset(now, origin, &datagram),
             Verdict::First => {
                 // Again the first flight of a handshake under way, or a new one.
                 let dcid = first_dcid(&datagram);
@@ -318,6 +315,22 @@ impl Node {
                 self.send_raw(now, origin.path(), &reply);
             }
         }
+    }
+
+    /// Maybe a stateless reset, of any connection that goes this way: after a restart of the peer the dead one and the
+    /// new one do. Quinn knows which by the token, and whatever else it is gets no answer.
+    fn handle_reset(&mut self, now: Instant, origin: Origin, datagram: &BytesMut) {
+        let on_path: Vec<u32> =
+            self.slots.iter().filter(|(_, s)| s.path == origin.path()).map(|(index, _)| index).collect();
+        for index in on_path {
+            let remote = virtual_address(index);
+            if let Some(DatagramEvent::ConnectionEvent(handle, event)) =
+                self.endpoint.handle(now, remote, None, None, datagram.clone(), &mut Vec::new())
+            {
+                return self.deliver(handle, event);
+            }
+        }
+        bump(&self.count.stray_short_header);
     }
 
     fn deliver(&mut self, handle: ConnectionHandle, event: ConnectionEvent) {
@@ -387,6 +400,7 @@ impl Node {
             first_dcid: Vec::new(),
             peer: None,
             born: now,
+            pulse: Pulse::new(now),
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
             lost: false,

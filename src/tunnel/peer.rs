@@ -39,6 +39,8 @@ pub(super) struct Peer {
     pub(super) guess: Option<u32>,
     pub(super) paths: Paths,
     pub(super) path_since: Instant,
+    /// When something came by the relay's path, or that path was chosen.
+    pub(super) relay_heard: Instant,
     pub(super) disco: Option<DiscoKeys>,
     /// Of the peer's NAT, as it says.
     pub(super) mapping: Mapping,
@@ -60,6 +62,7 @@ impl Peer {
             guess: None,
             paths: Paths::default(),
             path_since: now,
+            relay_heard: now,
             disco: None,
             mapping: Mapping::Unknown,
             want: None,
@@ -72,6 +75,7 @@ impl Peer {
 
     /// The path by the relay, or that it is gone.
     pub(super) fn set_relay(&mut self, now: Instant, path: Option<Path>) {
+        self.relay_heard = now;
         if self.paths.set_relay(path) {
             self.path_since = now;
         }
@@ -118,6 +122,11 @@ impl Peers {
             self.by_disco.retain(|_, n| *n != idle);
         }
         Some(self.by_name.entry(name.into()).or_insert_with(|| Peer::new(name, now)))
+    }
+
+    /// How many flows and disco keys are known.
+    pub(super) fn index_sizes(&self) -> (usize, usize) {
+        (self.by_flow.len(), self.by_disco.len())
     }
 
     /// The peer whose disco keys have this id.

@@ -29,6 +29,8 @@ const ROUND_GAPS: [Duration; 5] = [
     Duration::from_secs(300),
     Duration::from_secs(900),
 ];
+/// While bytes flow a NAT or a link may open again at any moment, and nobody says so: at most so long between rounds.
+const ROUND_GAP_BUSY: Duration = Duration::from_secs(45);
 /// A path that carried bytes in this time is pinged each [`PING_BUSY`], so that a node that only receives
 /// learns of a rebinding too.
 const BUSY: Duration = Duration::from_secs(10);
@@ -121,6 +123,11 @@ impl Paths {
     /// How many addresses of the peer were tried.
     pub(super) fn tried(&self) -> usize {
         self.candidates.len()
+    }
+
+    /// PINGs without a PONG that are remembered.
+    pub(super) fn unanswered(&self) -> usize {
+        self.probes.len()
     }
 
     /// A cached address, of the snapshot or of a beacon.
@@ -216,6 +223,13 @@ impl Paths {
         self.start_round(now);
     }
 
+    /// Bytes of QUIC's went either way.
+    fn use_now(&mut self, now: Instant) {
+        self.used = Some(now);
+        let soon = now + ROUND_GAP_BUSY;
+        self.next_round = self.next_round.map(|at| at.min(soon));
+    }
+
     fn start_round(&mut self, now: Instant) {
         // A round that has just begun serves as well.
         if self.round.as_ref().is_none_or(|r| now >= r.start + SCHEDULE[2]) {
@@ -299,7 +313,7 @@ impl Paths {
 
     /// Bytes of QUIC's were sent to the peer.
     pub(super) fn sent(&mut self, now: Instant) {
-        self.used = Some(now);
+        self.use_now(now);
         if matches!(self.current, Some(Path::Direct(_))) && self.silent_since.is_none() {
             self.silent_since = Some(now);
             let nudge = now + NUDGE;
@@ -309,7 +323,7 @@ impl Paths {
 
     /// Bytes of QUIC's came from the peer, by whatever path.
     pub(super) fn received(&mut self, now: Instant) {
-        self.used = Some(now);
+        self.use_now(now);
         if self.next_ping.is_none() {
             self.next_ping = Some(now + PING_BUSY);
         }

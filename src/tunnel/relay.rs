@@ -56,7 +56,7 @@ pub(super) struct Relay {
 }
 
 /// What a relay is asked to show.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RelayLoad {
     pub nodes: usize,
     pub flows: usize,

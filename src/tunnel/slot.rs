@@ -5,7 +5,7 @@ use quinn_proto::{Connection, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Datagrams of no slot; never a connection.
@@ -14,6 +14,8 @@ pub(super) const STRANGER: u32 = 0;
 pub(super) const SLOTS_MAX: usize = 320;
 /// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
 const RECENT_MAX: usize = 32;
+/// Between looks at a connection's count of ACKs.
+const PULSE: Duration = Duration::from_secs(2);
 /// RFC 4193: a random prefix, never on any wire.
 const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
@@ -49,6 +51,7 @@ pub(super) struct Slot {
     /// Known once the handshake is confirmed.
     pub(super) peer: Option<String>,
     pub(super) born: Instant,
+    pub(super) pulse: Pulse,
     /// When the last stream ended.
     pub(super) idle_since: Instant,
     pub(super) next_keepalive: Instant,
@@ -65,7 +68,31 @@ pub(super) struct Slot {
     pub(super) recent: VecDeque<Vec<u8>>,
 }
 
+/// When the peer was alive for sure: then or later, by a few seconds. A datagram alone may be a copy of an old one.
+pub(super) struct Pulse {
+    acks: u64,
+    looked: Instant,
+    pub(super) alive: Instant,
+}
+
+impl Pulse {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { acks: 0, looked: now, alive: now }
+    }
+}
+
 impl Slot {
+    /// Before each datagram.
+    pub(super) fn feel(&mut self, now: Instant) {
+        if now >= self.pulse.looked + PULSE {
+            let acks = self.conn.stats().frame_rx.acks;
+            if acks != self.pulse.acks {
+                self.pulse.alive = self.pulse.looked;
+            }
+            (self.pulse.acks, self.pulse.looked) = (acks, now);
+        }
+    }
+
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {
         let skip = datagrams.len().div_ceil(segment).saturating_sub(RECENT_MAX);
         for datagram in datagrams.chunks(segment).skip(skip) {

@@ -74,6 +74,10 @@ impl Streams {
         Some(key)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.list.len() - self.free.len()
+    }
+
     fn get_mut(&mut self, key: u32) -> Option<&mut Stream> {
         self.list.get_mut(key as usize)?.as_mut()
     }

@@ -1,9 +1,51 @@
 //! What the tunnel shows of itself.
 
-use super::{PeerView, RelayView, disco::Mapping, node::Node, path::Path, peer::Peer};
+use super::{PeerView, RelayLoad, RelayView, disco::Mapping, node::Node, path::Path, peer::Peer};
 use std::time::Instant;
 
+/// How much a node holds: what must not grow with its age.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Connections, those that are being closed too, and quinn's handles of them.
+    pub slots: usize,
+    pub handles: usize,
+    pub streams: usize,
+    pub peers: usize,
+    /// Searches for a flow.
+    pub wants: usize,
+    pub flows: usize,
+    pub disco_ids: usize,
+    pub candidates: usize,
+    /// PINGs without a PONG.
+    pub probes: usize,
+    pub outbox_bytes: usize,
+    /// Datagrams that would go again by the relay.
+    pub shadow_bytes: usize,
+    pub remembered: usize,
+    pub relay: RelayLoad,
+}
+
 impl Node {
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        let (flows, disco_ids) = self.peers.index_sizes();
+        Sizes {
+            slots: self.slots.iter().count(),
+            handles: self.by_handle.len(),
+            streams: self.streams.len(),
+            peers: self.peers.iter().count(),
+            wants: self.peers.iter().filter(|p| p.want.is_some()).count(),
+            flows,
+            disco_ids,
+            candidates: self.peers.iter().map(|p| p.paths.tried()).sum(),
+            probes: self.peers.iter().map(|p| p.paths.unanswered()).sum(),
+            outbox_bytes: self.outbox.len(),
+            shadow_bytes: self.slots.iter().flat_map(|(_, s)| &s.recent).map(Vec::len).sum(),
+            remembered: self.peers.of_before.len(),
+            relay: self.relay_load().unwrap_or_default(),
+        }
+    }
+
     pub(super) fn describe(&self, path: Path) -> String {
         match path {
             Path::Direct(address) => address.to_string(),

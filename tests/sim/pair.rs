@@ -40,7 +40,7 @@ pub fn spec(certificate: &Certificate) -> Vec<RelaySpec> {
 impl Pair {
     /// Hosts 0: relay, 1: a, 2: b, 3: a second relay, by which a NAT's mapping is told.
     pub fn new(seed: u64, a_kind: Kind, b_kind: Kind) -> Self {
-        let cluster = Cluster::new();
+        let cluster = Cluster::seeded(seed);
         let relay = cluster.identity("relay-1", Roles::RELAY, LATER);
         let second = cluster.identity("relay-2", Roles::RELAY, LATER);
         let (a, b) = (cluster.identity("a", Roles::NONE, LATER), cluster.identity("b", Roles::NONE, LATER));

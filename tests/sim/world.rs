@@ -2,9 +2,10 @@
 
 use crate::nat::{Kind, Nat};
 use std::{
+    cell::RefCell,
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, VecDeque},
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, Mutex, atomic::AtomicU32},
     time::{Duration, Instant},
@@ -15,7 +16,7 @@ use weft::{
     table::model::{Protocol, ServiceId},
     tunnel::{
         Key, Link, Open, Progress, Refusal, RelaySpec,
-        identity::{Authority, Certificate, KeyPair, Request, Roles},
+        identity::{Authority, Certificate, KeyPair, Request, Roles, Secret},
         node::{Event, Node, NodeConfig, Output},
         noise::Local,
     },
@@ -28,16 +29,29 @@ pub const NOW: u64 = 1_795_000_000;
 pub struct Cluster {
     pub authority: Authority,
     pub psks: Vec<(u8, [u8; 32])>,
+    rng: RefCell<fastrand::Rng>,
+}
+
+fn secret(rng: &mut fastrand::Rng) -> Secret<[u8; 32]> {
+    let mut bytes = [0; 32];
+    rng.fill(&mut bytes);
+    Secret::new(bytes)
 }
 
 impl Cluster {
+    /// Like no other.
     pub fn new() -> Self {
-        let authority = Authority::generate(&ring::rand::SystemRandom::new()).unwrap();
-        Self { authority, psks: vec![(1, [9; 32])] }
+        Self::seeded(fastrand::u64(..))
+    }
+
+    pub fn seeded(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let authority = Authority::from_seed(secret(&mut rng)).unwrap();
+        Self { authority, psks: vec![(1, [9; 32])], rng: RefCell::new(rng) }
     }
 
     pub fn identity(&self, name: &str, roles: Roles, not_after: u64) -> (KeyPair, Certificate) {
-        let pair = KeyPair::generate(&ring::rand::SystemRandom::new()).unwrap();
+        let pair = KeyPair::from_private(secret(&mut self.rng.borrow_mut())).unwrap();
         let request = Request { name: name.into(), key: pair.public, roles, network: String::new(), not_after };
         let certificate = self.authority.issue(request).unwrap();
         (pair, certificate)
@@ -49,10 +63,13 @@ pub struct Host {
     pub address: SocketAddr,
     pub count: Rc<TunnelCounters>,
     pub incoming: VecDeque<(u32, String, Open)>,
-    pub woken: u64,
+    /// Streams to look at.
+    pub woken: BTreeSet<u32>,
     pub wait: Option<Instant>,
     /// Datagrams to and from it vanish.
     pub cut: bool,
+    /// It stands still: what comes is lost, no timer fires.
+    pub frozen: bool,
     /// The NATs that it is behind, the inner one first.
     pub nats: Vec<usize>,
 }
@@ -61,11 +78,15 @@ type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
 
 pub struct World {
     pub now: Instant,
+    born: Instant,
     pub hosts: Vec<Host>,
     pub rng: fastrand::Rng,
     pub delay: Duration,
+    /// Of the delay, either way; what overtakes comes out of order.
+    pub jitter: f64,
     pub loss: f64,
     pub duplicate: f64,
+    pub congestion: Congestion,
     pub nats: Vec<Nat>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
@@ -87,13 +108,17 @@ pub struct End {
 
 impl World {
     pub fn new(seed: u64) -> Self {
+        let now = Instant::now();
         Self {
-            now: Instant::now(),
+            now,
+            born: now,
             hosts: Vec::new(),
             rng: fastrand::Rng::with_seed(seed),
             delay: Duration::from_millis(10),
+            jitter: 0.1,
             loss: 0.0,
             duplicate: 0.0,
+            congestion: Congestion::Auto,
             nats: Vec::new(),
             blocked: Vec::new(),
             record: false,
@@ -129,7 +154,7 @@ impl World {
             name: certificate.name.clone(),
             relays,
             profile: Profile::Router,
-            congestion: Congestion::Auto,
+            congestion: self.congestion,
             lan: true,
             gso: 10,
             seed: Some(seed),
@@ -153,9 +178,10 @@ impl World {
             address,
             count,
             incoming: VecDeque::new(),
-            woken: 0,
+            woken: BTreeSet::new(),
             wait,
             cut: false,
+            frozen: false,
             nats: Vec::new(),
         });
         self.hosts.len() - 1
@@ -213,7 +239,8 @@ impl World {
     /// Out through the sender's NATs: the source that the internet sees. None: it cannot leave.
     fn leave(&mut self, host: usize, to: SocketAddr) -> Option<SocketAddr> {
         let mut source = self.hosts[host].address;
-        let private = |a: SocketAddr| a.to_string().starts_with("192.168.") || a.to_string().starts_with("100.64.");
+        let private =
+            |a: SocketAddr| matches!(a.ip(), IpAddr::V4(ip) if matches!(ip.octets(), [192, 168, ..] | [100, 64, ..]));
         let chain = self.hosts[host].nats.clone();
         for nat in chain {
             if self.nats[nat].public == to.ip() && !self.nats[nat].hairpin {
@@ -253,7 +280,7 @@ impl World {
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
         for _ in 0..copies {
             self.serial += 1;
-            let at = self.now + self.delay.mul_f64(0.9 + self.rng.f64() * 0.2);
+            let at = self.now + self.delay.mul_f64(1.0 + (self.rng.f64() * 2.0 - 1.0) * self.jitter);
             self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
         }
     }
@@ -261,6 +288,7 @@ impl World {
     /// Takes all that a host has to say.
     pub fn drain(&mut self, at: usize) {
         let mut buf = Vec::new();
+        crate::turn(Some(at), self.now - self.born);
         loop {
             let host = &mut self.hosts[at];
             match host.node.poll_output(self.now, &mut buf) {
@@ -279,7 +307,7 @@ impl World {
                     let to: Vec<SocketAddr> = self.hosts.iter().filter(near).map(|h| h.address).collect();
                     to.into_iter().for_each(|to| self.inject(from, to, buf.clone()));
                 }
-                Output::Event(Event::Wake(_)) => host.woken += 1,
+                Output::Event(Event::Wake(key)) => host.woken.extend([key]),
                 Output::Event(Event::Incoming { key, peer, open }) => host.incoming.push_back((key, peer, open)),
                 Output::Event(Event::Resolve { .. }) => {}
                 Output::Wait(at_time) => {
@@ -299,8 +327,12 @@ impl World {
 
     /// The next datagram or timer; false where nothing is left before `until`.
     fn step(&mut self, until: Instant) -> bool {
-        (0..self.hosts.len()).for_each(|at| self.drain(at));
-        let timer = self.hosts.iter().filter_map(|h| h.wait).min();
+        (0..self.hosts.len())
+            .filter(|at| !self.hosts[*at].frozen)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .for_each(|at| self.drain(at));
+        let timer = self.hosts.iter().filter(|h| !h.frozen).filter_map(|h| h.wait).min();
         let flight = self.flying.peek().map(|Reverse((at, ..))| *at);
         let Some(next) = timer.into_iter().chain(flight).min().filter(|at| *at <= until) else {
             self.now = until;
@@ -310,16 +342,24 @@ impl World {
         if flight == Some(next) {
             let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
             let sender = self.owner(from);
-            if let Some(at) = self.arrive(from, to).filter(|at| !self.hosts[*at].cut) {
+            if let Some(at) = self.arrive(from, to).filter(|at| !self.hosts[*at].cut && !self.hosts[*at].frozen) {
                 let pair = sender.map(|s| (s.min(at), s.max(at)));
                 let len = bytes.len();
                 if pair.is_none_or(|p| !self.blocked.contains(&p)) {
+                    crate::turn(Some(at), self.now - self.born);
+                    log::trace!("{from} → {to}: {len} bytes, {:02x}", bytes[0]);
                     self.hosts[at].node.handle_datagrams(self.now, from, &mut bytes, len);
                 }
             }
         } else {
             let now = self.now;
-            self.hosts.iter_mut().filter(|h| h.wait.is_some_and(|w| w <= now)).for_each(|h| h.node.handle_tick(now));
+            for at in 0..self.hosts.len() {
+                let host = &mut self.hosts[at];
+                if !host.frozen && host.wait.is_some_and(|w| w <= now) {
+                    crate::turn(Some(at), now - self.born);
+                    host.node.handle_tick(now);
+                }
+            }
         }
         true
     }
@@ -331,7 +371,9 @@ impl World {
             if done(self) {
                 return true;
             }
-            if !self.step(until) {
+            let more = self.step(until);
+            crate::turn(None, self.now - self.born);
+            if !more {
                 return done(self);
             }
         }
