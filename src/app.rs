@@ -7,7 +7,7 @@ use crate::{
     admin::{Admin, Socket, Views, resolve},
     ca,
     clock::{BUILT, Clock},
-    config::{Config, StaticService},
+    config::{Config, PodNames, StaticService},
     dns::{
         self, Resolver,
         answer::{Answerer, Outcome, Via},
@@ -278,7 +278,10 @@ impl Wiring<'_> {
     }
 
     fn manifests(&mut self) -> Sources {
-        let manifests = Manifests::new(&self.config.kube.manifests, Rc::clone(&self.table), self.clock);
+        let (files, dns) = (&self.config.kube.manifests, &self.config.dns);
+        let manifests = Manifests::new(files, Rc::clone(&self.table), self.clock)
+            .with_pod_names(dns.enable && dns.endpoint_pod_names)
+            .with_pods(dns.enable && dns.pods == PodNames::Verified);
         let sources = manifests.sources();
         self.tasks.spawn("manifests", manifests.run());
         sources

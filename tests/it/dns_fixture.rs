@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use weft::{
     dns::forward::Transport,
     table::model::{
-        Affinity, Endpoint, Name, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId, SlicePort,
+        Affinity, Endpoint, Name, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId,
+        SlicePort,
     },
 };
 
@@ -127,6 +128,11 @@ pub(crate) fn slice(s: &Json) -> Slice {
         ports: ports.collect(),
         endpoints: s["eps"].list().iter().flat_map(endpoints).collect(),
     }
+}
+
+pub(crate) fn pod(p: &Json) -> Pod {
+    let id = PodId { namespace: name(p["ns"].text()), name: name(p["name"].text()) };
+    Pod { id, addresses: vec![p["ip"].text().parse().unwrap()] }
 }
 
 fn endpoints(e: &Json) -> Vec<Endpoint> {

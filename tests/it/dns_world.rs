@@ -15,7 +15,7 @@ use std::{
 };
 use weft::{
     clock::Clock,
-    config::{DnsConfig, PodNames, Upstream},
+    config::{DnsConfig, Upstream},
     dns::{Resolver, Server},
     metrics::DnsCounters,
     shared::Writer,
@@ -44,15 +44,7 @@ pub(crate) fn run<R>(test: impl AsyncFnOnce(Executor) -> R) -> R {
 }
 
 pub(crate) fn config(ip: &str, upstream: Vec<Upstream>) -> DnsConfig {
-    DnsConfig {
-        enable: true,
-        listen: SocketAddr::new(ip.parse().unwrap(), 53),
-        domain: "cluster.local".into(),
-        ttl: 30,
-        pods: PodNames::Insecure,
-        upstream,
-        cache: 64,
-    }
+    DnsConfig { listen: SocketAddr::new(ip.parse().unwrap(), 53), upstream, cache: 64, ..DnsConfig::default() }
 }
 
 /// `web.shop` with a virtual address, and `big.shop` without one and with 100 endpoints.

@@ -5,6 +5,7 @@ mod cli;
 mod config;
 mod dns;
 mod dns_cases;
+mod dns_feed;
 mod dns_fixture;
 mod dns_mutations;
 mod dns_world;
