@@ -19,12 +19,15 @@ pub(crate) struct FakeUpstream {
 
 impl FakeUpstream {
     pub(crate) fn answer(&mut self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+        let query = Packet::parse(query).unwrap();
+        let question = query.questions[0].clone();
+        if question.qtype == TYPE::HINFO.into() {
+            return None; // a probe of an upstream that said nothing
+        }
         if transport == Transport::Udp {
             self.hits += 1;
         }
-        let query = Packet::parse(query).unwrap();
-        let question = query.questions[0].clone();
-        let name = format!("{}.", question.qname);
+        let name = format!("{}.", question.qname).to_ascii_lowercase();
         let entry = &self.names[name.as_str()];
         if self.dead || entry["drop"].is_true() {
             return None;

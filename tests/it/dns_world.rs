@@ -170,6 +170,9 @@ impl FakeUpstream {
                 let mut buf = [0; 2048];
                 loop {
                     let (n, from) = udp.recv_from(&mut buf).await.unwrap();
+                    if Packet::parse(&buf[..n]).unwrap().questions[0].qtype == TYPE::HINFO.into() {
+                        continue; // a probe of an upstream that said nothing
+                    }
                     this.queries.set(this.queries.get() + 1);
                     this.sources.borrow_mut().push(from.port());
                     if !this.dead.get() {
@@ -201,7 +204,7 @@ impl FakeUpstream {
     fn answer(&self, query: &[u8], tcp: bool) -> Vec<u8> {
         let query = Packet::parse(query).unwrap();
         let question = query.questions[0].clone();
-        let name = question.qname.to_string();
+        let name = question.qname.to_string().to_ascii_lowercase();
         let mut reply = Packet::new_reply(query.id());
         reply.questions.push(question.clone());
         let v4 = question.qtype == QTYPE::TYPE(TYPE::A);
