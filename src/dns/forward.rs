@@ -258,12 +258,12 @@ impl<T: PartialEq> Forward<T> {
             return;
         }
         let mut key = Vec::with_capacity(24);
-        for _ in 0..2 {
-            key.push(8);
-            for _ in 0..2 {
-                let id = (self.ids)();
-                key.extend([12, 8, 4, 0].map(|shift| b"0123456789abcdef"[usize::from(id >> shift & 15)]));
+        for part in 0..4 {
+            if part % 2 == 0 {
+                key.push(8); // two labels of eight letters
             }
+            let id = (self.ids)();
+            key.extend([12, 8, 4, 0].map(|shift| b"0123456789abcdef"[usize::from(id >> shift & 15)]));
         }
         key.push(0);
         self.servers.probe(upstream, &key);

@@ -16,11 +16,12 @@ use std::{
 use weft::{
     clock::Clock,
     config::{DnsConfig, Upstream},
-    dns::{Resolver, Server},
+    dns::{Resolver, Server, Setup},
     metrics::DnsCounters,
     shared::Writer,
     table::{
         Table,
+        balance::Here,
         model::{
             Affinity, Change, Endpoint, Object, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId,
             SlicePort, Source,
@@ -100,10 +101,14 @@ pub(crate) struct Running {
     _table: Writer<Table>,
 }
 
+pub(crate) fn setup(counters: &Rc<DnsCounters>) -> Setup {
+    Setup { counters: Rc::clone(counters), clock: Clock::new(0), mark: 1, interfaces: vec![] }
+}
+
 pub(crate) fn serve(tasks: &Executor, cfg: &DnsConfig) -> Running {
     let table = Writer::new(table());
     let counters = Rc::new(DnsCounters::default());
-    let server = Server::bind(cfg, table.reader(), Rc::clone(&counters), Clock::new(0), 1).unwrap();
+    let server = Server::bind(cfg, table.reader(), Here::default(), &setup(&counters)).unwrap();
     let at = SocketAddr::new(cfg.listen.ip(), server.port());
     let resolver = server.resolver();
     tasks.spawn(server.run()).detach();
@@ -231,7 +236,8 @@ pub(crate) fn query(id: u16, name: &str, kind: TYPE) -> Vec<u8> {
 
 /// Asks by UDP from a connected socket, so that only what comes from that very address is seen.
 pub(crate) async fn by_udp(server: SocketAddr, message: &[u8]) -> Vec<u8> {
-    let socket = Async::<UdpSocket>::bind(([127, 0, 0, 1], 0)).unwrap();
+    let any: IpAddr = if server.is_ipv4() { [127, 0, 0, 1].into() } else { [0; 16].into() };
+    let socket = Async::<UdpSocket>::bind((any, 0)).unwrap();
     socket.get_ref().connect(server).unwrap();
     socket.send(message).await.unwrap();
     let mut buf = vec![0; 65_535];

@@ -8,6 +8,7 @@ mod dns_cases;
 mod dns_feed;
 mod dns_fixture;
 mod dns_mutations;
+mod dns_tcp;
 mod dns_world;
 mod json;
 mod layout;

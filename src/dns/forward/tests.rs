@@ -440,7 +440,7 @@ fn ten_minutes_without_upstreams() {
         let good = |r: &&(Duration, u32, Vec<u8>)| {
             r.1 >= 20_000 && Header::parse(&r.2).unwrap().flags & flag::RCODE == rcode::NOERROR
         };
-        fresh = fresh.or(w.replies.iter().find(good).map(|r| r.0));
+        fresh = fresh.or_else(|| w.replies.iter().find(good).map(|r| r.0));
     }
     assert!(fresh.is_some_and(|at| at - back < ms(2000)), "{fresh:?} after {back:?}");
 }
