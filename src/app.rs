@@ -379,7 +379,8 @@ impl Wiring<'_> {
             return Ok(None);
         }
         let Config { dns, proxy, .. } = self.config;
-        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (dns.listen.port(), port)) };
+        let dns_ports = dns_port.map(|port| (dns.listen.port(), port));
+        let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let rules = Rules::new(proxy, dns.listen.ip(), ports, table, counters, self.clock)?;
         let shared = (rules.undo(), rules.status());
