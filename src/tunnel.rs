@@ -2,6 +2,7 @@
 //! the rest of the process uses it.
 
 mod cid;
+mod congestion;
 mod control;
 mod dial;
 mod disco;
@@ -27,6 +28,7 @@ mod streams;
 mod transport;
 mod view;
 mod ways;
+mod windows;
 
 pub use home::RelaySpec;
 pub use keys::Key;
@@ -38,7 +40,7 @@ pub use streams::Progress;
 
 use crate::{
     clock::Clock,
-    config::TunnelConfig,
+    config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
     netlink::Monitor,
     shared::Listener,
@@ -181,7 +183,7 @@ impl Driver {
             local,
             name,
             relays,
-            profile: config.profile,
+            profile: profile(config.profile),
             congestion: config.congestion,
             lan: true,
             gso: 1,
@@ -412,6 +414,18 @@ impl Driver {
                 return;
             }
         }
+    }
+}
+
+/// Below 1 GB of RAM, the container's or the machine's, a node is a router.
+fn profile(wanted: Profile) -> Profile {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let kib = |meminfo: &str| meminfo.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok();
+    let limit = read("/sys/fs/cgroup/memory.max").trim().parse::<u64>().map_or(u64::MAX, |bytes| bytes >> 10);
+    match wanted {
+        Profile::Auto if kib(&read("/proc/meminfo")).unwrap_or(0).min(limit) >= 1 << 20 => Profile::Server,
+        Profile::Auto | Profile::Router => Profile::Router,
+        Profile::Server => Profile::Server,
     }
 }
 

@@ -5,6 +5,7 @@
 
 use super::{
     Open,
+    congestion::OnLink,
     frame::{DATA_HEADER, Kind, classify},
     gate::{Gate, Verdict},
     home::{Action, Homes, RelaySpec},
@@ -18,6 +19,7 @@ use super::{
     slot::{Role, STRANGER, Slot, Slots, virtual_address},
     streams::Streams,
     transport::Transport,
+    windows::{Budget, Limits, Windows},
 };
 use crate::{
     config::{Congestion, Profile},
@@ -124,6 +126,7 @@ pub struct Node {
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
     pub(super) lan: Lan,
+    pub(super) budget: Budget,
     pub(super) count: Rc<TunnelCounters>,
 }
 
@@ -133,13 +136,10 @@ impl Node {
         let root = derive(&config.local.secret, b"weft relay", b"");
         let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
         let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
-        let transport = Transport::new(Arc::new(config.local), config.profile, config.congestion, rng.fork());
-        let endpoint = Endpoint::new(
-            Arc::new(transport.endpoint(&mut rng, config.seed)),
-            Some(Arc::new(transport.server())),
-            true,
-            None,
-        );
+        let limits = Limits::of(config.profile);
+        let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
+        let endpoint =
+            Endpoint::new(Arc::new(transport.endpoint(&mut rng, config.seed)), Some(transport.server()), true, None);
         Self {
             name: config.name,
             gate: Gate::new(transport.cids.clone(), &transport.local.public),
@@ -161,6 +161,7 @@ impl Node {
             rng,
             local: Vec::new(),
             lan: Lan::new(psk.as_ref(), now),
+            budget: Budget::new(limits),
             count,
         }
     }
@@ -343,14 +344,17 @@ impl Node {
             return;
         }
         self.transport.serve(index);
-        match self.endpoint.accept(incoming, now, &mut reply, None) {
-            Ok((handle, conn)) => {
-                self.insert_slot(now, index, handle, conn, Role::Accepted, origin.path());
+        let (windows, on_link) = self.terms(now, origin.path());
+        let config = self.transport.accepting(&windows, &on_link);
+        match self.endpoint.accept(incoming, now, &mut reply, Some(config)) {
+            Ok(made) => {
+                self.insert_slot(now, index, made, Role::Accepted, origin.path(), (windows, on_link));
                 if let Some(slot) = self.slots.get_mut(index) {
                     slot.first_dcid = dcid;
                 }
             }
             Err(error) => {
+                windows.close(&mut self.budget);
                 self.refused(&error.cause, origin.path());
                 if let Some(transmit) = error.response {
                     reply.truncate(transmit.size);
@@ -374,10 +378,10 @@ impl Node {
         &mut self,
         now: Instant,
         index: u32,
-        handle: ConnectionHandle,
-        conn: quinn_proto::Connection,
+        (handle, conn): (ConnectionHandle, quinn_proto::Connection),
         role: Role,
         path: Path,
+        (windows, on_link): (Windows, OnLink),
     ) {
         let slot = Slot {
             handle,
@@ -397,6 +401,8 @@ impl Node {
             rx_bytes: 0,
             also: None,
             recent: VecDeque::new(),
+            windows,
+            on_link,
         };
         self.slots.insert(index, slot);
         self.by_handle.insert(handle, index);
@@ -412,11 +418,32 @@ impl Node {
     ) -> Result<u32, String> {
         let index = self.slots.vacant().ok_or("too many connections")?;
         self.transport.serve(index);
-        let config = self.transport.client(dial).ok_or("the bundle has no psk")?;
-        let (handle, conn) =
-            self.endpoint.connect(now, config, virtual_address(index), "weft").map_err(|e| e.to_string())?;
-        self.insert_slot(now, index, handle, conn, role, path);
-        Ok(index)
+        let (windows, on_link) = self.terms(now, path);
+        let config = self.transport.client(dial, &windows, &on_link).ok_or_else(|| "the bundle has no psk".to_owned());
+        let address = virtual_address(index);
+        match config.and_then(|c| self.endpoint.connect(now, c, address, "weft").map_err(|e| e.to_string())) {
+            Ok(made) => {
+                self.insert_slot(now, index, made, role, path, (windows, on_link));
+                Ok(index)
+            }
+            Err(why) => {
+                windows.close(&mut self.budget);
+                Err(why)
+            }
+        }
+    }
+
+    /// Whether packets on this path cross no router.
+    pub(super) fn on_link(&self, path: Path) -> bool {
+        match path {
+            Path::Direct(address) => self.lan.links.iter().any(|link| link.contains(address.ip())),
+            Path::Relay { .. } => false,
+        }
+    }
+
+    /// What a new connection begins with.
+    fn terms(&mut self, now: Instant, path: Path) -> (Windows, OnLink) {
+        (Windows::open(now, &mut self.budget), Arc::new(self.on_link(path).into()))
     }
 
     /// This connection has something to do.
@@ -487,7 +514,13 @@ impl Node {
             self.close(now, index, "idle");
         }
         let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
-        all.into_iter().for_each(|index| self.touch(index));
+        for index in all {
+            if let Some(slot) = self.slots.get_mut(index) {
+                let change = slot.windows.settle(now, &mut self.budget);
+                self.resize(index, change);
+            }
+            self.touch(index);
+        }
     }
 
     pub(super) fn close(&mut self, now: Instant, index: u32, why: &'static str) {

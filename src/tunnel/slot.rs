@@ -1,10 +1,11 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::path::Path;
+use super::{congestion::OnLink, path::Path, windows::Windows};
 use quinn_proto::{Connection, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
+    sync::atomic::Ordering,
     time::Instant,
 };
 
@@ -63,9 +64,20 @@ pub(super) struct Slot {
     pub(super) also: Option<Path>,
     /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
     pub(super) recent: VecDeque<Vec<u8>>,
+    pub(super) windows: Windows,
+    pub(super) on_link: OnLink,
 }
 
 impl Slot {
+    /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
+    pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
+        (self.path, self.also) = (path, None);
+        self.on_link.store(on_link, Ordering::Relaxed);
+        self.windows.path_changed();
+        self.conn.path_changed(now);
+        self.conn.ping();
+    }
+
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {
         let skip = datagrams.len().div_ceil(segment).saturating_sub(RECENT_MAX);
         for datagram in datagrams.chunks(segment).skip(skip) {

@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, unreachable_pub)]
 
 mod direct;
+mod line;
 mod nat;
 mod pair;
+mod rates;
 mod recall;
 mod relayed;
 mod world;
