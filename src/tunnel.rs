@@ -1,8 +1,10 @@
 //! The tunnel's driver: one UDP socket under the sans-IO [`node::Node`], and the handles and streams by which
 //! the rest of the process uses it.
 
+mod admit;
 mod cid;
 mod congestion;
+mod connect;
 mod control;
 mod dial;
 mod disco;
@@ -408,7 +410,9 @@ impl Driver {
             let Ok(count) = received else { return };
             let now = self.clock.now();
             for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
-                self.shared.node().handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+                let mut node = self.shared.node();
+                node.handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+                node.account(|| self.clock.now());
             }
             if count < RX_BATCH {
                 return;

@@ -20,7 +20,7 @@ const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
 const VIRTUAL_PORT: u16 = 7843;
 
-/// The one address under which quinn knows a peer, whatever path its packets take.
+/// The address under which quinn knows a peer that we dial.
 pub(super) fn virtual_address(slot: u32) -> SocketAddr {
     let [a, b, c] = VIRTUAL;
     let [high, low] = [(slot >> 16) as u16, slot as u16];
@@ -43,6 +43,8 @@ pub(super) enum Role {
 pub(super) struct Slot {
     pub(super) handle: ConnectionHandle,
     pub(super) conn: Connection,
+    /// Under which quinn knows the peer, whatever its path.
+    pub(super) remote: SocketAddr,
     pub(super) role: Role,
     pub(super) path: Path,
     /// The DCID of the Initial that we accepted: the client's first flight may come again.
@@ -138,8 +140,8 @@ impl Slots {
         self.list.iter_mut().enumerate().filter_map(|(at, slot)| Some((at as u32 + 1, slot.as_deref_mut()?)))
     }
 
-    /// Connections whose handshake is not confirmed.
-    pub(super) fn half_open(&self) -> usize {
-        self.iter().filter(|(_, s)| s.role == Role::Accepted && s.conn.is_handshaking()).count()
+    /// Connections of others whose handshake is not confirmed.
+    pub(super) fn half_open(&self) -> impl Iterator<Item = &Slot> {
+        self.iter().map(|(_, s)| s).filter(|s| s.role == Role::Accepted && s.conn.is_handshaking())
     }
 }

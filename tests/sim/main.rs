@@ -8,6 +8,7 @@ mod pair;
 mod rates;
 mod recall;
 mod relayed;
+mod strangers;
 mod world;
 
 /// The log of a single run, with WEFT_LOG set: `WEFT_SEED=7 WEFT_LOG=1 cargo test --test sim NAME -- --nocapture`.
