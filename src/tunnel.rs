@@ -1,6 +1,7 @@
 //! The tunnel's driver: one UDP socket under the sans-IO [`node::Node`], and the handles and streams by which
 //! the rest of the process uses it.
 
+mod carry;
 mod cid;
 mod control;
 mod dial;
