@@ -16,16 +16,16 @@ use std::{
 pub(super) const PEERS_MAX: usize = 1000;
 /// The dialler says after this that nobody answered, and what waits for it fails.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
-/// Between questions to the relays for a flow: a lost packet costs so much.
-pub(super) const ASK_AGAIN: Duration = Duration::from_millis(400);
 
 /// A search for a flow to a peer.
 pub(super) struct Want {
-    pub(super) request: u32,
     pub(super) since: Instant,
     pub(super) next_ask: Instant,
+    pub(super) asked: usize,
     /// Relays that do not know the name.
     pub(super) unknown_at: Vec<usize>,
+    /// A relay said at which others it is.
+    pub(super) told: bool,
 }
 
 pub(super) struct Peer {
@@ -39,12 +39,14 @@ pub(super) struct Peer {
     pub(super) guess: Option<u32>,
     pub(super) paths: Paths,
     pub(super) path_since: Instant,
-    /// When something came by the relay's path, or that path was chosen.
-    pub(super) relay_heard: Instant,
     pub(super) disco: Option<DiscoKeys>,
     /// Of the peer's NAT, as it says.
     pub(super) mapping: Mapping,
     pub(super) want: Option<Want>,
+    /// By it relays answer to our questions for a flow; 0 before the first.
+    pub(super) request: u32,
+    /// When something last came by the relay that carries it.
+    pub(super) relay_heard: Instant,
     /// Our keys of streams that wait for a connection.
     pub(super) waiting: VecDeque<u32>,
     pub(super) note: String,
@@ -62,10 +64,11 @@ impl Peer {
             guess: None,
             paths: Paths::default(),
             path_since: now,
-            relay_heard: now,
             disco: None,
             mapping: Mapping::Unknown,
             want: None,
+            request: 0,
+            relay_heard: now,
             waiting: VecDeque::new(),
             note: String::new(),
             tx_bytes: 0,
@@ -160,6 +163,11 @@ impl Peers {
 
     pub(super) fn of_flow(&self, relay: usize, flow: u32) -> Option<&str> {
         self.by_flow.get(&(relay, flow)).map(String::as_str)
+    }
+
+    /// All flows that are known to lead there: (relay, flow), one for a relay.
+    pub(super) fn flows_to(&self, name: &str) -> impl Iterator<Item = (usize, u32)> {
+        self.by_flow.iter().filter(move |(_, n)| *n == name).map(|(at, _)| *at)
     }
 
     pub(super) fn unbind_flow(&mut self, relay: usize, flow: u32) {

@@ -1,10 +1,11 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::path::Path;
-use quinn_proto::{Connection, ConnectionHandle, StreamId};
+use super::{congestion::OnLink, path::Path, peer::ANSWER_WAIT, windows::Windows};
+use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -14,14 +15,16 @@ pub(super) const STRANGER: u32 = 0;
 pub(super) const SLOTS_MAX: usize = 320;
 /// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
 const RECENT_MAX: usize = 32;
-/// Between looks at a connection's count of ACKs.
-const PULSE: Duration = Duration::from_secs(2);
+/// Between looks at whether a connection's packets open.
+const PULSE: Duration = Duration::from_secs(1);
+/// Whoever takes longer is not waited for in a handshake either.
+const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
 const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
 const VIRTUAL_PORT: u16 = 7843;
 
-/// The one address under which quinn knows a peer, whatever path its packets take.
+/// The address under which quinn knows a peer that we dial.
 pub(super) fn virtual_address(slot: u32) -> SocketAddr {
     let [a, b, c] = VIRTUAL;
     let [high, low] = [(slot >> 16) as u16, slot as u16];
@@ -44,6 +47,8 @@ pub(super) enum Role {
 pub(super) struct Slot {
     pub(super) handle: ConnectionHandle,
     pub(super) conn: Connection,
+    /// Under which quinn knows the peer, whatever its path.
+    pub(super) remote: SocketAddr,
     pub(super) role: Role,
     pub(super) path: Path,
     /// The DCID of the Initial that we accepted: the client's first flight may come again.
@@ -51,7 +56,8 @@ pub(super) struct Slot {
     /// Known once the handshake is confirmed.
     pub(super) peer: Option<String>,
     pub(super) born: Instant,
-    pub(super) pulse: Pulse,
+    /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
+    pub(super) alive: Instant,
     /// When the last stream ended.
     pub(super) idle_since: Instant,
     pub(super) next_keepalive: Instant,
@@ -66,31 +72,38 @@ pub(super) struct Slot {
     pub(super) also: Option<Path>,
     /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
     pub(super) recent: VecDeque<Vec<u8>>,
-}
-
-/// When the peer was alive for sure: then or later, by a few seconds. A datagram alone may be a copy of an old one.
-pub(super) struct Pulse {
-    acks: u64,
-    looked: Instant,
-    pub(super) alive: Instant,
-}
-
-impl Pulse {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { acks: 0, looked: now, alive: now }
-    }
+    pub(super) windows: Windows,
+    pub(super) on_link: OnLink,
 }
 
 impl Slot {
-    /// Before each datagram.
-    pub(super) fn feel(&mut self, now: Instant) {
-        if now >= self.pulse.looked + PULSE {
-            let acks = self.conn.stats().frame_rx.acks;
-            if acks != self.pulse.acks {
-                self.pulse.alive = self.pulse.looked;
-            }
-            (self.pulse.acks, self.pulse.looked) = (acks, now);
+    /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
+    pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
+        let due = now >= self.alive + PULSE;
+        let opened = |conn: &Connection| {
+            let frames = conn.stats().frame_rx;
+            frames.acks + frames.stream + frames.ping
+        };
+        let before = due.then(|| opened(&self.conn));
+        let rtt = self.conn.rtt();
+        self.conn.handle_event(event);
+        // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
+        let spans = due && self.conn.rtt() > rtt * 2 + PULSE / 4;
+        if spans || self.conn.rtt() > RTT_MOST {
+            self.conn.path_changed(now);
         }
+        if before.is_some_and(|before| opened(&self.conn) > before) {
+            self.alive = now;
+        }
+    }
+
+    /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
+    pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
+        (self.path, self.also) = (path, None);
+        self.on_link.store(on_link, Ordering::Relaxed);
+        self.windows.path_changed();
+        self.conn.path_changed(now);
+        self.conn.ping();
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {
@@ -153,8 +166,8 @@ impl Slots {
         self.list.iter_mut().enumerate().filter_map(|(at, slot)| Some((at as u32 + 1, slot.as_deref_mut()?)))
     }
 
-    /// Connections whose handshake is not confirmed.
-    pub(super) fn half_open(&self) -> usize {
-        self.iter().filter(|(_, s)| s.role == Role::Accepted && s.conn.is_handshaking()).count()
+    /// Connections of others whose handshake is not confirmed.
+    pub(super) fn half_open(&self) -> impl Iterator<Item = &Slot> {
+        self.iter().map(|(_, s)| s).filter(|s| s.role == Role::Accepted && s.conn.is_handshaking())
     }
 }

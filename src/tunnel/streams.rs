@@ -318,7 +318,9 @@ impl Node {
                 }
             }
         }
-        if chunks.finalize().should_transmit() {
+        let credit = chunks.finalize().should_transmit();
+        slot.windows.read(filled);
+        if credit {
             self.touch(index);
         }
         if filled > 0 { Progress::Bytes(filled) } else { last }
@@ -341,6 +343,7 @@ impl Node {
         }
         let Some(slot) = self.slots.get_mut(index) else { return Progress::Broken("the connection was lost".into()) };
         let result = slot.conn.send_stream(id).write(bytes);
+        slot.windows.written(result.as_ref().map_or(0, |len| *len));
         self.touch(index);
         match result {
             Ok(len) => Progress::Bytes(len),
@@ -387,16 +390,24 @@ impl Node {
         self.touch(index);
     }
 
+    /// Those of these streams whose OPEN has no answer yet get none.
+    pub(super) fn kill_unanswered(&mut self, mut keys: Vec<u32>, why: &str) {
+        keys.retain(|key| matches!(self.streams.get_mut(*key), Some(Stream { state: State::Asked { .. }, .. })));
+        self.kill_streams(keys, why);
+    }
+
     /// The connection of these streams is gone, or they never got one.
     pub(super) fn kill_streams(&mut self, keys: impl IntoIterator<Item = u32>, why: &str) {
         for key in keys {
             let Some(stream) = self.streams.get_mut(key) else { continue };
-            if matches!(stream.state, State::Waiting) {
-                stream.state = State::Dead { why: why.into() };
-                self.streams.waiting -= 1;
-            } else {
-                stream.state = State::Dead { why: why.into() };
+            // Of a peer's stream whose OPEN is not whole nobody knows who could drop it.
+            if matches!(stream.state, State::Reading { .. }) {
+                self.streams.remove(key);
+                continue;
             }
+            let waited = matches!(stream.state, State::Waiting);
+            stream.state = State::Dead { why: why.into() };
+            self.streams.waiting -= usize::from(waited);
             self.events.push_back(Event::Wake(key));
         }
     }

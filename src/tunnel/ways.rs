@@ -43,7 +43,8 @@ impl Node {
 
     /// A NAT's mapping behaviour, as far as the relays can tell.
     pub(super) fn mapping(&self) -> Mapping {
-        let seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        let seen: Vec<SocketAddr> =
+            (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed).collect();
         match seen[..] {
             [] => Mapping::Unknown,
             _ if seen.iter().all(|a| self.local.contains(a)) => Mapping::None,
@@ -54,7 +55,7 @@ impl Node {
     }
 
     fn candidates(&self) -> Vec<SocketAddr> {
-        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
+        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed);
         let mut all: Vec<SocketAddr> = seen.chain(self.local.iter().copied()).collect();
         let mut unique = Vec::new();
         all.retain(|a| {
@@ -119,7 +120,7 @@ impl Node {
         }
     }
 
-    fn slots_of(&self, name: &str) -> Vec<u32> {
+    pub(super) fn slots_of(&self, name: &str) -> Vec<u32> {
         self.slots.iter().filter(|(_, s)| !s.lost && s.peer.as_deref() == Some(name)).map(|(index, _)| index).collect()
     }
 
@@ -130,10 +131,10 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(name) {
             peer.path_since = now;
         }
+        let on_link = self.on_link(path);
         for index in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(index) {
-                (slot.path, slot.also) = (path, None);
-                slot.conn.path_changed(now);
+                slot.move_to(now, path, on_link);
                 self.prod(now, index);
             }
         }
@@ -162,7 +163,7 @@ impl Node {
         slot.conn.ping();
         // Ahead of time, but never as far as the end of an idle connection.
         for _ in 0..PRODS {
-            let Some(at) = slot.conn.poll_timeout().filter(|at| *at < slot.pulse.alive + IDLE) else { break };
+            let Some(at) = slot.conn.poll_timeout().filter(|at| *at < slot.alive + IDLE) else { break };
             slot.conn.handle_timeout(at);
             if at > now + SOON {
                 break;

@@ -5,12 +5,15 @@ use std::{cell::Cell, time::Duration};
 
 mod direct;
 mod faults;
+mod line;
 mod nat;
 mod pair;
+mod rates;
 mod recall;
 mod relayed;
 mod scenario;
 mod shards;
+mod strangers;
 mod traffic;
 mod world;
 

@@ -1,7 +1,7 @@
 //! Streams with known content, both ways, driven through whatever happens to the nodes at their ends.
 
 use crate::world::World;
-use std::{collections::BTreeMap, time::Duration, time::Instant};
+use std::{collections::BTreeMap, time::Duration};
 use weft::{
     table::model::{Protocol, ServiceId},
     tunnel::{Open, Progress, Refusal},
@@ -30,7 +30,6 @@ pub struct Flow {
     got: [usize; 2],
     ended: [bool; 2],
     pub state: State,
-    pub opened: Instant,
     /// A fault is such that it need not survive.
     pub excused: bool,
 }
@@ -77,7 +76,6 @@ impl Traffic {
             got: [0; 2],
             ended: [false; 2],
             state,
-            opened: world.now,
             excused: false,
         });
         self.pump(world, flow, 0);
@@ -220,22 +218,12 @@ impl Traffic {
                 f.keys[end] = None;
                 f.excused = true;
             }
-            if end == 0 && matches!(f.state, State::Asking | State::Live) {
+            // Who opened it is told, unless it has all and asks no more.
+            let content = f.ended[0] && f.sent[0] == f.total;
+            if (end == 0 || content) && matches!(f.state, State::Asking | State::Live) {
                 f.state = State::Broken("its node was restarted".into());
             }
         }
-    }
-
-    /// Streams of these hosts need not survive what comes.
-    pub fn excuse(&mut self, hosts: &[usize]) {
-        for f in self.flows.iter_mut().filter(|f| f.hosts.iter().any(|h| hosts.contains(h))) {
-            f.excused = true;
-        }
-    }
-
-    /// Ends that the nodes hold for us.
-    pub fn held(&self, host: usize) -> usize {
-        self.by_key.keys().filter(|(h, _)| *h == host).count()
     }
 
     /// Gives up whatever is still open.
