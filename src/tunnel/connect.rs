@@ -168,6 +168,7 @@ impl Node {
             peer: None,
             born: now,
             alive: now,
+            cut_off: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
             lost: false,

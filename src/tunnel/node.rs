@@ -315,8 +315,7 @@ impl Node {
             self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
         for index in expired {
             if let Some(slot) = self.slots.get_mut(index) {
-                slot.timeout = None;
-                slot.conn.handle_timeout(now);
+                slot.tick(now);
                 self.touch(index);
             }
         }

@@ -424,6 +424,9 @@ impl Paths {
         if self.next_ping.is_some() {
             self.silent_since.get_or_insert(now);
             self.ping(now, to, rng, out);
+        } else if self.relay.is_some() {
+            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay.
+            self.current = self.relay;
         }
     }
 }
@@ -506,8 +509,21 @@ mod tests {
             let calls = m.run(SEC).into_iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
             rounds.extend(calls.map(|_| second));
         }
-        // 1.5 s for a round, then the gap: 6.5, 23, 84.5, 386 s, seen in steps of a second.
-        assert_eq!(rounds, [6, 22, 84, 385]);
+        // 1.5 s for a round, then the gap: 5, 15, and from then on 45 s, seen in steps of a second.
+        assert_eq!(rounds[..5], [6, 22, 69, 116, 163]);
+        assert_eq!(rounds.len(), 14);
+    }
+
+    #[test]
+    fn failed_rounds_of_a_peer_that_says_little_come_seldom() {
+        let mut m = Machine::new();
+        m.paths.received(m.now);
+        m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
+        let calls = |d: Vec<(Duration, Do)>| d.iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { .. })).count();
+        assert_eq!(calls(m.run(90 * SEC)), 3, "after 5, 15 and 60 s");
+        assert_eq!(calls(m.run(200 * SEC)), 0);
+        m.paths.sent(m.now);
+        assert_eq!(calls(m.run(46 * SEC)), 1, "bytes flow again");
     }
 
     #[test]

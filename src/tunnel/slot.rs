@@ -1,6 +1,6 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::OnLink, path::Path, peer::ANSWER_WAIT, windows::Windows};
+use super::{congestion::OnLink, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
 use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -17,6 +17,8 @@ pub(super) const SLOTS_MAX: usize = 320;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
+/// Of a connection without a sign of life for so long, probes come as seldom.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -58,6 +60,8 @@ pub(super) struct Slot {
     pub(super) born: Instant,
     /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
     pub(super) alive: Instant,
+    /// Nothing has come since, though something was to be acknowledged.
+    pub(super) cut_off: bool,
     /// When the last stream ended.
     pub(super) idle_since: Instant,
     pub(super) next_keepalive: Instant,
@@ -94,6 +98,9 @@ impl Slot {
         }
         if before.is_some_and(|before| opened(&self.conn) > before) {
             self.alive = now;
+            if std::mem::take(&mut self.cut_off) {
+                self.revive(now);
+            }
         }
     }
 
@@ -103,7 +110,33 @@ impl Slot {
         self.on_link.store(on_link, Ordering::Relaxed);
         self.windows.path_changed();
         self.conn.path_changed(now);
+        self.prod(now);
+    }
+
+    /// On another path: says to the other end where we are.
+    pub(super) fn prod(&mut self, now: Instant) {
+        if self.cut_off {
+            self.revive(now);
+        }
         self.conn.ping();
+    }
+
+    /// At `timeout`.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.timeout = None;
+        self.conn.handle_timeout(now);
+        // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
+        self.cut_off |= now >= self.alive + SILENCE;
+    }
+
+    /// After an outage the connection tries at once. By itself quinn would wait: what was sent into the void fills its
+    /// window, which keeps back ACKs too, and each probe waits twice as long as the one before.
+    fn revive(&mut self, now: Instant) {
+        // The next probe ahead of time, but never the end of an idle connection: that is one idle time behind a sign
+        // of life.
+        self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
+        self.windows.path_changed();
+        self.conn.path_changed(now);
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

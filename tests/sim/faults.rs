@@ -82,6 +82,7 @@ pub struct Stage {
 impl Stage {
     pub fn new(seed: u64, relays: usize) -> Self {
         let (cluster, mut world) = (Cluster::seeded(seed), World::new(seed));
+        world.lazy = true;
         let mut stage_relays = Vec::new();
         let mut specs = Vec::new();
         for n in 1..=relays {
@@ -135,6 +136,7 @@ impl Stage {
     }
 
     pub fn apply(&mut self, fault: &Fault) {
+        (0..self.world.hosts.len()).for_each(|host| self.world.touch(host));
         match *fault {
             Fault::Block(a, b) => self.world.blocked.push((a.min(b), a.max(b))),
             Fault::Unblock(a, b) => {

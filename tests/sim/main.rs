@@ -5,7 +5,9 @@ use std::{cell::Cell, time::Duration};
 
 mod direct;
 mod faults;
+mod heap;
 mod line;
+mod mended;
 mod nat;
 mod pair;
 mod rates;
@@ -13,6 +15,7 @@ mod recall;
 mod relayed;
 mod scenario;
 mod shards;
+mod soak;
 mod strangers;
 mod traffic;
 mod world;

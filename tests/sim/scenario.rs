@@ -207,6 +207,9 @@ impl Life {
         let most = if self.lossy { 60 * SEC } else { 30 * SEC };
         if !self.traffic.run(&mut self.stage.world, most, over) {
             let left = self.traffic.flows.iter().position(|f| matches!(f.state, State::Asking | State::Live));
+            for site in &self.stage.sites {
+                log::trace!("{:?}", self.stage.world.hosts[site.host].node.peer_views(self.stage.world.now));
+            }
             return Err(format!("stream {} came to no end: {}", left.unwrap(), self.traffic.flows[left.unwrap()]));
         }
         self.check()
@@ -223,7 +226,9 @@ impl Life {
                 return Err(format!("host {at} is at rest and yet holds {sizes:?}"));
             }
         }
-        let flows: Vec<usize> = self.pairs().into_iter().map(|(a, b)| self.open(a, b, 500)).collect();
+        // One end alone: dials from both would open each other's NAT.
+        let (up, pairs) = (self.stage.rng.bool(), self.pairs().into_iter());
+        let flows: Vec<usize> = pairs.filter(|(a, b)| (a < b) == up).map(|(a, b)| self.open(a, b, 500)).collect();
         self.finish()?;
         let failed = flows.iter().find(|f| self.traffic.flows[**f].state != State::Done && !self.lossy);
         failed.map_or(Ok(()), |f| Err(format!("after a rest: {}", self.traffic.flows[*f])))
@@ -254,14 +259,14 @@ fn write(stage: &Stage, rng: &mut fastrand::Rng) -> (Vec<(Duration, What)>, Vec<
         let to = (from + rng.usize(1..stage.sites.len())) % stage.sites.len();
         (stage.sites[from].host, stage.sites[to].host)
     };
-    for _ in 0..rng.usize(2..8) {
+    for _ in 0..rng.usize(1..6) {
         let (from, to) = pick(rng);
         let bytes = rng.usize(1..4000) * if rng.u8(..8) == 0 { 20 } else { 1 };
         script.push((at, What::Open { from, to, bytes, both: rng.u8(..3) == 0 }));
-        at += match rng.u8(..10) {
-            0..=4 => millis(rng, 0..1500),
-            5..=7 => millis(rng, 1500..9000),
-            8 => millis(rng, 9000..40_000),
+        at += match rng.u8(..20) {
+            0..=10 => millis(rng, 0..1500),
+            11..=17 => millis(rng, 1500..9000),
+            18 => millis(rng, 9000..40_000),
             _ => millis(rng, 40_000..200_000),
         };
         script.extend(draw(stage, rng).into_iter().map(|(after, fault)| (at + after, What::Fault(fault))));
@@ -308,7 +313,7 @@ fn live(seed: u64) -> Result<(), String> {
 
 #[test]
 fn any_life_ends_well() {
-    shards::run("any_life_ends_well", seeds(300), live);
+    shards::run("tests/sim/run", seeds(300), live);
 }
 
 #[test]

@@ -18,7 +18,7 @@ const TOLD_MAX: usize = 20;
 ///
 /// # Panics
 /// When it fails for any.
-pub fn run(test: &str, seeds: Range<u64>, one: fn(u64) -> Result<(), String>) {
+pub fn run(command: &str, seeds: Range<u64>, one: fn(u64) -> Result<(), String>) {
     let (start, count) = (Instant::now(), seeds.end - seeds.start);
     let next = AtomicU64::new(seeds.start);
     let failures = Mutex::new(Vec::new());
@@ -48,7 +48,7 @@ pub fn run(test: &str, seeds: Range<u64>, one: fn(u64) -> Result<(), String>) {
         (Instant::now() - start).as_secs_f64()
     );
     for (seed, why) in failures.iter().take(TOLD_MAX) {
-        eprintln!("seed {seed}: {why}\n  alone: WEFT_SEED={seed} cargo test --test sim {test} -- --nocapture");
+        eprintln!("seed {seed}: {why}\n  alone: WEFT_SEED={seed} WEFT_LOG=info {command}");
     }
     assert!(failures.is_empty(), "{} of {count} seeds failed; the first is {}", failures.len(), failures[0].0);
 }

@@ -29,6 +29,8 @@ pub struct Flow {
     sent: [usize; 2],
     got: [usize; 2],
     ended: [bool; 2],
+    /// The node of that end was restarted.
+    gone: [bool; 2],
     pub state: State,
     /// A fault is such that it need not survive.
     pub excused: bool,
@@ -64,6 +66,7 @@ impl Traffic {
             protocol: Protocol::Tcp,
             endpoint: "10.0.0.1:8080".parse().unwrap(),
         };
+        world.touch(from);
         let key = world.hosts[from].node.open(world.now, &names[to], &open);
         let state = if key.is_some() { State::Asking } else { State::Broken("too many streams".into()) };
         self.by_key.extend(key.map(|key| ((from, key), (flow, 0))));
@@ -75,6 +78,7 @@ impl Traffic {
             sent: [0; 2],
             got: [0; 2],
             ended: [false; 2],
+            gone: [false; 2],
             state,
             excused: false,
         });
@@ -115,18 +119,26 @@ impl Traffic {
         for host in 0..world.hosts.len() {
             while let Some((key, _, open)) = world.hosts[host].incoming.pop_front() {
                 let flow = usize::from(open.port);
-                let f = &mut self.flows[flow];
+                // A late one, of before all was forgotten.
+                let Some(f) = self.flows.get_mut(flow) else {
+                    world.touch(host);
+                    let now = world.now;
+                    world.hosts[host].node.drop_stream(now, key);
+                    continue;
+                };
                 if f.hosts[1] != host {
                     self.wrong.push(format!("stream {flow} came to host {host}"));
                 }
                 // Its first OPEN may have come to a node that was restarted since: one end at a time.
                 if f.keys[1].is_some() || matches!(f.state, State::Broken(_) | State::Done) {
+                    world.touch(host);
                     world.hosts[host].node.answer(key, &Err(Refusal::Busy));
                     let now = world.now;
                     world.hosts[host].node.drop_stream(now, key);
                     continue;
                 }
                 f.keys[1] = Some(key);
+                world.touch(host);
                 self.by_key.insert((host, key), (flow, 1));
                 world.hosts[host].node.answer(key, &Ok(()));
                 self.pump(world, flow, 1);
@@ -143,6 +155,7 @@ impl Traffic {
     fn pump(&mut self, world: &mut World, flow: usize, end: usize) {
         let f = &mut self.flows[flow];
         let Some(key) = f.keys[end] else { return };
+        world.touch(f.hosts[end]);
         let node = &mut world.hosts[f.hosts[end]].node;
         if f.state == State::Asking && end == 0 {
             match node.opened(key) {
@@ -188,6 +201,9 @@ impl Traffic {
         if f.ended == [true; 2] {
             f.state = State::Done;
             (0..2).for_each(|end| self.drop_end(world, flow, end));
+        } else if f.gone[theirs] && f.ended[end] && f.sent[end] == f.total {
+            // It has all, asks no more, and so will never be told.
+            self.broke(world, flow, end, "the other end was restarted".into());
         }
     }
 
@@ -205,6 +221,7 @@ impl Traffic {
         if let Some(key) = f.keys[end].take() {
             let now = world.now;
             self.by_key.remove(&(f.hosts[end], key));
+            world.touch(f.hosts[end]);
             world.hosts[f.hosts[end]].node.drop_stream(now, key);
         }
     }
@@ -218,12 +235,17 @@ impl Traffic {
                 f.keys[end] = None;
                 f.excused = true;
             }
-            // Who opened it is told, unless it has all and asks no more.
-            let content = f.ended[0] && f.sent[0] == f.total;
-            if (end == 0 || content) && matches!(f.state, State::Asking | State::Live) {
+            f.gone[end] = true;
+            if end == 0 && matches!(f.state, State::Asking | State::Live) {
                 f.state = State::Broken("its node was restarted".into());
             }
         }
+    }
+
+    /// Starts anew; nothing may be open.
+    pub fn forget(&mut self) {
+        self.flows.clear();
+        self.by_key.clear();
     }
 
     /// Gives up whatever is still open.

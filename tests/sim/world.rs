@@ -82,6 +82,9 @@ type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
 pub struct World {
     pub now: Instant,
     born: Instant,
+    /// Only hosts that were touched are asked what they want to send.
+    pub lazy: bool,
+    touched: u64,
     pub hosts: Vec<Host>,
     pub rng: fastrand::Rng,
     pub delay: Duration,
@@ -117,6 +120,8 @@ impl World {
         Self {
             now,
             born: now,
+            lazy: false,
+            touched: 0,
             hosts: Vec::new(),
             rng: fastrand::Rng::with_seed(seed),
             delay: Duration::from_millis(10),
@@ -338,13 +343,29 @@ impl World {
             .position(|h| h.address == source || h.nats.iter().any(|n| self.nats[*n].public == source.ip()))
     }
 
+    /// Lets go of what only the world itself holds.
+    pub fn tidy(&mut self) {
+        self.sent.clear();
+        self.recorded = Vec::new();
+        self.flying.shrink_to_fit();
+        for host in &mut self.hosts {
+            host.woken.clear();
+        }
+    }
+
+    /// This host's node was asked for something.
+    pub fn touch(&mut self, host: usize) {
+        self.touched |= 1 << host;
+    }
+
     /// The next datagram or timer; false where nothing is left before `until`.
     fn step(&mut self, until: Instant) -> bool {
-        (0..self.hosts.len())
-            .filter(|at| !self.hosts[*at].frozen)
-            .collect::<Vec<_>>()
-            .into_iter()
-            .for_each(|at| self.drain(at));
+        for at in 0..self.hosts.len() {
+            if !self.hosts[at].frozen && (!self.lazy || self.touched & 1 << at != 0) {
+                self.drain(at);
+            }
+        }
+        self.touched = 0;
         let timer = self.hosts.iter().filter(|h| !h.frozen).filter_map(|h| h.wait).min();
         let flight = self.flying.peek().map(|Reverse((at, ..))| *at);
         let Some(next) = timer.into_iter().chain(flight).min().filter(|at| *at <= until) else {
@@ -362,6 +383,7 @@ impl World {
                     crate::turn(Some(at), self.now - self.born);
                     log::trace!("{from} → {to}: {len} bytes, {:02x}", bytes[0]);
                     self.hosts[at].node.handle_datagrams(self.now, from, &mut bytes, len);
+                    self.touch(at);
                 }
             }
         } else {
@@ -371,6 +393,7 @@ impl World {
                 if !host.frozen && host.wait.is_some_and(|w| w <= now) {
                     crate::turn(Some(at), now - self.born);
                     host.node.handle_tick(now);
+                    self.touch(at);
                 }
             }
         }
