@@ -175,6 +175,9 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         if !known {
             peer.set_relay(now, None);
+            if let Some(want) = &mut peer.want {
+                want.next_ask = now;
+            }
         }
         if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
             self.want_flow(now, name);

@@ -4,7 +4,7 @@ use crate::nat::{Kind, Nat};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, Mutex, atomic::AtomicU32},
     time::{Duration, Instant},
@@ -67,6 +67,8 @@ pub struct World {
     pub loss: f64,
     pub duplicate: f64,
     pub nats: Vec<Nat>,
+    /// What the way between two public addresses takes on top of `delay`.
+    pub far: Vec<(IpAddr, IpAddr, Duration)>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
     /// Keeps a copy of all datagrams.
@@ -95,6 +97,7 @@ impl World {
             loss: 0.0,
             duplicate: 0.0,
             nats: Vec::new(),
+            far: Vec::new(),
             blocked: Vec::new(),
             record: false,
             recorded: Vec::new(),
@@ -250,10 +253,12 @@ impl World {
         if self.rng.f64() < self.loss {
             return;
         }
+        let between = |(a, b, _): &&(IpAddr, IpAddr, Duration)| [(*a, *b), (*b, *a)].contains(&(from.ip(), to.ip()));
+        let delay = self.delay + self.far.iter().find(between).map_or(Duration::ZERO, |(_, _, more)| *more);
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
         for _ in 0..copies {
             self.serial += 1;
-            let at = self.now + self.delay.mul_f64(0.9 + self.rng.f64() * 0.2);
+            let at = self.now + delay.mul_f64(0.9 + self.rng.f64() * 0.2);
             self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
         }
     }
