@@ -8,7 +8,7 @@ mod service;
 
 pub use error::ConfigError;
 
-use crate::tunnel::identity::node_name;
+use crate::tunnel::{RelayLimits, identity::node_name};
 use std::{
     fmt,
     fs::File,
@@ -214,6 +214,7 @@ impl FromStr for RelayName {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RelayConfig {
     pub enable: bool,
+    pub limits: RelayLimits,
 }
 
 #[derive(Clone, Debug, PartialEq)]

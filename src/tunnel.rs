@@ -33,7 +33,7 @@ pub use home::RelaySpec;
 pub use keys::Key;
 pub use lan::Link;
 pub use recall::Remembered;
-pub use relay::RelayLoad;
+pub use relay::{Rate, RelayLimits, RelayLoad};
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
 
@@ -118,6 +118,7 @@ pub struct Setup {
     /// The node's own key, where the bundle has none.
     pub key: Option<Secret<[u8; 32]>>,
     pub is_relay: bool,
+    pub relay_limits: RelayLimits,
     pub mark: u32,
     pub lookup: Lookup,
     pub clock: Clock,
@@ -130,7 +131,7 @@ impl Driver {
     /// # Errors
     /// When the port is taken, or the bundle has no key, or a relay of the config has no certificate.
     pub fn bind(config: &TunnelConfig, setup: Setup) -> anyhow::Result<(Self, Handle)> {
-        let Setup { name, bundle, key, is_relay, mark, lookup, clock, counters, remembered } = setup;
+        let Setup { name, bundle, key, is_relay, relay_limits, mark, lookup, clock, counters, remembered } = setup;
         let secret =
             key.or_else(|| bundle.key.clone()).context("the bundle has no key and the node has none either")?;
         let pair = KeyPair::from_private(secret)?;
@@ -184,6 +185,7 @@ impl Driver {
             relays,
             profile: config.profile,
             congestion: config.congestion,
+            relay_limits,
             lan: true,
             gso: 1,
             seed: None,
@@ -230,11 +232,17 @@ impl Driver {
         let mut tx = Vec::new();
         let mut bell = self.shared.bell.listen();
         self.refresh_links();
+        let mut linger = None;
         loop {
-            let wake = self.drain(&mut tx).await;
+            let mut wake = self.drain(&mut tx, &mut rx).await;
             if self.shared.closing.get() {
-                self.shared.closed.ring();
-                return Ok(());
+                let now = self.clock.now();
+                let until = *linger.get_or_insert_with(|| now + self.shared.node().linger());
+                if now >= until {
+                    self.shared.closed.ring();
+                    return Ok(());
+                }
+                wake = wake.into_iter().chain([until]).min();
             }
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
@@ -287,12 +295,12 @@ impl Driver {
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.
-    async fn drain(&mut self, tx: &mut Vec<u8>) -> Option<Instant> {
+    async fn drain(&mut self, tx: &mut Vec<u8>, rx: &mut [u8]) -> Option<Instant> {
         for turn in 1.. {
             let now = self.clock.now();
             let output = self.shared.node().poll_output(now, tx);
             match output {
-                Output::Send { to, segment } => self.send(to, tx, segment).await,
+                Output::Send { to, segment } => self.send(to, tx, segment, rx).await,
                 Output::Beacon => self.beacon(tx),
                 Output::Event(Event::Resolve { relay, host }) => {
                     let port = self.shared.node().relay_port(relay);
@@ -335,7 +343,7 @@ impl Driver {
         );
     }
 
-    async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>) {
+    async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>, rx: &mut [u8]) {
         let destination = match (self.v6, to) {
             (true, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
             _ => to,
@@ -345,8 +353,13 @@ impl Driver {
             match self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
                 Ok(()) => return,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.socket.writable().await.is_err() {
-                        return;
+                    // What comes meanwhile is taken: which of it has to wait, or to go, is not the kernel's to say.
+                    let writable = async { self.socket.writable().await.map(|()| true) };
+                    let readable = async { self.socket.readable().await.map(|()| false) };
+                    match or(writable, readable).await {
+                        Ok(true) => {}
+                        Ok(false) => self.receive(rx),
+                        Err(_) => return,
                     }
                 }
                 Err(error) => {

@@ -23,6 +23,10 @@ impl Node {
             if let Some((to, segment)) = self.outbox.pop(buf) {
                 return self.sent(to, segment, buf.len());
             }
+            let waiting = self.relay.as_mut().and_then(|relay| relay.pop(now, buf, &self.count));
+            if let Some((to, segment)) = waiting {
+                return self.sent(to, segment, buf.len());
+            }
             if let Some(output) = self.beacon(now, buf) {
                 return output;
             }

@@ -14,7 +14,7 @@ use super::{
     outbox::Outbox,
     path::Path,
     peer::Peers,
-    relay::{Relay, RelayLoad},
+    relay::{Relay, RelayLimits, RelayLoad},
     slot::{Role, STRANGER, Slot, Slots, virtual_address},
     streams::Streams,
     transport::Transport,
@@ -42,6 +42,8 @@ const HALF_OPEN_MAX: usize = 50;
 const IDLE_CLOSE: Duration = Duration::from_secs(60);
 /// Packets that keep a connection with idle streams alive, well below quinn's idle timeout.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Below what the process waits for at its end.
+const LINGER: Duration = Duration::from_millis(400);
 /// Housekeeping of idle connections.
 const SWEEP: Duration = Duration::from_secs(5);
 /// QUIC's "no error" of our protocol.
@@ -54,6 +56,8 @@ pub struct NodeConfig {
     pub relays: Vec<RelaySpec>,
     pub profile: Profile,
     pub congestion: Congestion,
+    /// Where it is a relay.
+    pub relay_limits: RelayLimits,
     /// Beacons on the links.
     pub lan: bool,
     /// Datagrams that one send may carry.
@@ -132,7 +136,7 @@ impl Node {
     pub fn new(config: NodeConfig, now: Instant, mut rng: fastrand::Rng, count: Rc<TunnelCounters>) -> Self {
         let root = derive(&config.local.secret, b"weft relay", b"");
         let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
-        let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
+        let relay = config.local.is_relay.then(|| Relay::new(&root, config.relay_limits, now, rng.fork()));
         let transport = Transport::new(Arc::new(config.local), config.profile, config.congestion, rng.fork());
         let endpoint = Endpoint::new(
             Arc::new(transport.endpoint(&mut rng, config.seed)),
@@ -190,7 +194,7 @@ impl Node {
 
     #[must_use]
     pub fn relay_load(&self) -> Option<RelayLoad> {
-        self.relay.as_ref().map(Relay::load)
+        self.relay.as_ref().map(|relay| relay.load(&self.count))
     }
 
     pub fn handle_tick(&mut self, now: Instant) {
@@ -511,6 +515,12 @@ impl Node {
         }
     }
 
+    /// For how long after [`Node::shutdown`] a relay goes on: its nodes are taking other ways.
+    #[must_use]
+    pub fn linger(&self) -> Duration {
+        self.relay.as_ref().filter(|relay| !relay.is_idle()).map_or(Duration::ZERO, |_| LINGER)
+    }
+
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
         match event {
             QuicEvent::Connected => self.connected(now, index),
@@ -548,7 +558,9 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    relay.register(now, certificate, &secret, from);
+                    if !relay.register(now, certificate, &secret, from, &self.count) {
+                        self.close(now, index, "it registers too often");
+                    }
                 }
                 // A node cannot register through another relay: its address would not be its own.
                 _ => self.close(now, index, "this node is not a relay"),

@@ -133,6 +133,7 @@ impl World {
             relays,
             profile: Profile::Router,
             congestion: Congestion::Auto,
+            relay_limits: Default::default(),
             lan: true,
             gso: 10,
             seed: Some(seed),
