@@ -314,7 +314,9 @@ impl Node {
                 }
             }
         }
-        if chunks.finalize().should_transmit() {
+        let credit = chunks.finalize().should_transmit();
+        slot.windows.read(filled);
+        if credit {
             self.touch(index);
         }
         if filled > 0 { Progress::Bytes(filled) } else { last }
@@ -337,6 +339,7 @@ impl Node {
         }
         let Some(slot) = self.slots.get_mut(index) else { return Progress::Broken("the connection was lost".into()) };
         let result = slot.conn.send_stream(id).write(bytes);
+        slot.windows.written(result.as_ref().map_or(0, |len| *len));
         self.touch(index);
         match result {
             Ok(len) => Progress::Bytes(len),

@@ -122,11 +122,10 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(name) {
             peer.path_since = now;
         }
+        let on_link = self.on_link(path);
         for index in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(index) {
-                (slot.path, slot.also) = (path, None);
-                slot.conn.path_changed(now);
-                slot.conn.ping();
+                slot.move_to(now, path, on_link);
                 self.touch(index);
             }
         }

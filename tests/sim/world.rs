@@ -1,6 +1,9 @@
 //! A small world: nodes, a network with delay, loss and duplication, one virtual clock, one seed.
 
-use crate::nat::{Kind, Nat};
+use crate::{
+    line::Line,
+    nat::{Kind, Nat},
+};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, VecDeque},
@@ -71,6 +74,8 @@ pub struct World {
     pub far: Vec<(IpAddr, IpAddr, Duration)>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
+    /// What all datagrams pass, in order; None: each takes its own time.
+    pub line: Option<Line>,
     /// Keeps a copy of all datagrams.
     pub record: bool,
     pub recorded: Vec<(SocketAddr, SocketAddr, Vec<u8>)>,
@@ -99,6 +104,7 @@ impl World {
             nats: Vec::new(),
             far: Vec::new(),
             blocked: Vec::new(),
+            line: None,
             record: false,
             recorded: Vec::new(),
             sent: BTreeMap::new(),
@@ -252,6 +258,13 @@ impl World {
             self.recorded.push((from, to, bytes.clone()));
         }
         if self.rng.f64() < self.loss {
+            return;
+        }
+        if let Some(line) = &mut self.line {
+            if let Some(queued) = line.carry(self.now, from, to, bytes.len()) {
+                self.serial += 1;
+                self.flying.push(Reverse((self.now + queued + self.delay, self.serial, from, to, bytes)));
+            }
             return;
         }
         let between = |(a, b, _): &&(IpAddr, IpAddr, Duration)| [(*a, *b), (*b, *a)].contains(&(from.ip(), to.ip()));
