@@ -17,8 +17,11 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+/// A connection that hears nothing for longer may have sent a window's worth into the void.
+const SILENCE: Duration = Duration::from_secs(2);
 
 impl Node {
     pub(super) fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
@@ -30,10 +33,7 @@ impl Node {
             gate::Verdict::Drop => return,
             // A slot that is gone: quinn answers with a stateless reset, to where this came from.
             gate::Verdict::Ours(slot) => Some(slot).filter(|slot| live(*slot)),
-            gate::Verdict::Reset => match slots.iter().find(|(_, s)| s.path == origin.path()) {
-                Some((slot, _)) => Some(slot),
-                None => return bump(&self.count.stray_short_header),
-            },
+            gate::Verdict::Reset => return self.handle_reset(now, origin, &datagram),
             // Again the first flight of a handshake under way, or a new one.
             gate::Verdict::First => {
                 let again = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
@@ -53,7 +53,7 @@ impl Node {
         let mut reply = Vec::new();
         match self.endpoint.handle(now, remote, None, None, datagram, &mut reply) {
             None => {}
-            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(handle, event),
+            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(now, handle, event),
             Some(DatagramEvent::NewConnection(incoming)) if may_answer => self.accept(now, origin, incoming, dcid),
             Some(DatagramEvent::NewConnection(incoming)) => {
                 bump(&self.count.stray_long_header);
@@ -67,11 +67,30 @@ impl Node {
         }
     }
 
-    fn deliver(&mut self, handle: ConnectionHandle, event: ConnectionEvent) {
+    /// Maybe a stateless reset of any connection that goes this way: after a restart of the peer the dead one and the
+    /// new one do. quinn tells by the token, and whatever else it is gets no answer.
+    fn handle_reset(&mut self, now: Instant, origin: Origin, datagram: &BytesMut) {
+        let on_path = self.slots.iter().filter(|(_, s)| s.path == origin.path());
+        let remotes: Vec<SocketAddr> = on_path.map(|(_, s)| s.remote).collect();
+        for remote in remotes {
+            let handled = self.endpoint.handle(now, remote, None, None, datagram.clone(), &mut Vec::new());
+            if let Some(DatagramEvent::ConnectionEvent(handle, event)) = handled {
+                return self.deliver(now, handle, event);
+            }
+        }
+        bump(&self.count.stray_short_header);
+    }
+
+    fn deliver(&mut self, now: Instant, handle: ConnectionHandle, event: ConnectionEvent) {
         let Some(index) = self.by_handle.get(&handle).copied() else { return };
         if let Some(slot) = self.slots.get_mut(index) {
-            slot.conn.handle_event(event);
+            let silent = now.saturating_duration_since(slot.alive);
+            slot.deliver(now, event);
+            let revived = silent > SILENCE && slot.alive == now;
             self.touch(index);
+            if revived {
+                self.prod(now, index); // a full window holds back quinn's ACKs too
+            }
         }
     }
 
@@ -156,6 +175,8 @@ impl Node {
             first_dcid: Vec::new(),
             peer: None,
             born: now,
+            alive: now,
+            stranded: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
             lost: false,

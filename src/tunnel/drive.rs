@@ -37,7 +37,7 @@ impl Node {
                 return output;
             }
         }
-        let timers = self.slots.iter().filter_map(|(_, s)| s.timeout);
+        let timers = self.slots.iter().filter_map(|(_, s)| s.due());
         let others = [
             self.homes.poll_timeout(),
             self.relay.as_ref().and_then(Relay::poll_timeout),
@@ -121,7 +121,7 @@ impl Node {
 
     /// None: nothing to send. (None, _) inside: it was dropped, its path is down.
     fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<SocketAddr>, Option<usize>)> {
-        let slot = self.slots.get_mut(index)?;
+        let slot = self.slots.get_mut(index).filter(|s| !s.stranded)?;
         buf.clear();
         let (to, segment) = match slot.path {
             Path::Direct(address) => {

@@ -316,7 +316,7 @@ impl Node {
         }
         self.due = None;
         let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
+            self.slots.iter().filter(|(_, s)| s.due().is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
         for index in expired {
             if let Some(slot) = self.slots.get_mut(index) {
                 slot.timeout = None;

@@ -1,12 +1,12 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::OnLink, path::Path, windows::Windows};
-use quinn_proto::{Connection, ConnectionHandle, StreamId};
+use super::{congestion::OnLink, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
+use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     sync::atomic::Ordering,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Datagrams of no slot; never a connection.
@@ -15,6 +15,10 @@ pub(super) const STRANGER: u32 = 0;
 pub(super) const SLOTS_MAX: usize = 320;
 /// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
 const RECENT_MAX: usize = 32;
+/// Between looks at whether a connection's packets open.
+const PULSE: Duration = Duration::from_secs(1);
+/// Whoever takes longer is not waited for in a handshake either.
+const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
 const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
@@ -52,6 +56,10 @@ pub(super) struct Slot {
     /// Known once the handshake is confirmed.
     pub(super) peer: Option<String>,
     pub(super) born: Instant,
+    /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
+    pub(super) alive: Instant,
+    /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
+    pub(super) stranded: bool,
     /// When the last stream ended.
     pub(super) idle_since: Instant,
     pub(super) next_keepalive: Instant,
@@ -71,6 +79,32 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// When its timers are next of use.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let end = self.alive + IDLE;
+        self.timeout.map(|at| if self.stranded { at.max(end) } else { at })
+    }
+
+    /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
+    pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
+        let due = now >= self.alive + PULSE;
+        let opened = |conn: &Connection| {
+            let frames = conn.stats().frame_rx;
+            frames.acks + frames.stream + frames.ping
+        };
+        let before = due.then(|| opened(&self.conn));
+        let rtt = self.conn.rtt();
+        self.conn.handle_event(event);
+        // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
+        let spans = due && self.conn.rtt() > rtt * 2 + PULSE / 4;
+        if spans || self.conn.rtt() > RTT_MOST {
+            self.conn.path_changed(now);
+        }
+        if before.is_some_and(|before| opened(&self.conn) > before) {
+            self.alive = now;
+        }
+    }
+
     /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
