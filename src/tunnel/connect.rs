@@ -17,11 +17,8 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
-
-/// A connection that hears nothing for longer may have sent a window's worth into the void.
-const SILENCE: Duration = Duration::from_secs(2);
 
 impl Node {
     pub(super) fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
@@ -84,13 +81,8 @@ impl Node {
     fn deliver(&mut self, now: Instant, handle: ConnectionHandle, event: ConnectionEvent) {
         let Some(index) = self.by_handle.get(&handle).copied() else { return };
         if let Some(slot) = self.slots.get_mut(index) {
-            let silent = now.saturating_duration_since(slot.alive);
             slot.deliver(now, event);
-            let revived = silent > SILENCE && slot.alive == now;
             self.touch(index);
-            if revived {
-                self.prod(now, index); // a full window holds back quinn's ACKs too
-            }
         }
     }
 

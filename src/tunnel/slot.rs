@@ -17,6 +17,12 @@ pub(super) const SLOTS_MAX: usize = 320;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
+/// After which a connection is prodded; probes wait as long by then.
+const SILENCE: Duration = Duration::from_secs(2);
+/// Timers of quinn's that may come before the one of its next probe: of pacing, of a delayed ACK, ….
+const PRODS: usize = 4;
+/// Those come so soon; RFC 9000 section 18.2: an ACK is delayed by 25 ms at most.
+const SOON: Duration = Duration::from_millis(50);
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -88,6 +94,7 @@ impl Slot {
     /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
     pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
         let due = now >= self.alive + PULSE;
+        let silent = now >= self.alive + SILENCE;
         let opened = |conn: &Connection| {
             let frames = conn.stats().frame_rx;
             frames.acks + frames.stream + frames.ping
@@ -102,6 +109,9 @@ impl Slot {
         }
         if before.is_some_and(|before| opened(&self.conn) > before) {
             self.alive = now;
+            if silent {
+                self.probe(now); // a full window holds back quinn's ACKs too
+            }
         }
     }
 
@@ -111,7 +121,29 @@ impl Slot {
         self.on_link.store(on_link, Ordering::Relaxed);
         self.windows.path_changed();
         self.conn.path_changed(now);
+        self.prod(now);
+    }
+
+    /// On a path that has come to life after a silence the connection tries at once. By itself quinn would wait: what
+    /// was sent into the void fills its window, and each probe waits twice as long as the one before.
+    pub(super) fn prod(&mut self, now: Instant) {
         self.conn.ping();
+        if std::mem::take(&mut self.stranded) {
+            self.conn.handle_timeout(now); // its timers stood still: a probe is due
+        } else if now >= self.alive + SILENCE {
+            self.probe(now);
+        }
+    }
+
+    /// Its next probe, ahead of time; but never the end of an idle connection.
+    fn probe(&mut self, now: Instant) {
+        for _ in 0..PRODS {
+            let Some(at) = self.conn.poll_timeout().filter(|at| *at < self.alive + IDLE) else { return };
+            self.conn.handle_timeout(at);
+            if at > now + SOON {
+                return;
+            }
+        }
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

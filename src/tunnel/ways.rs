@@ -8,18 +8,9 @@ use super::{
     path::Path,
     peer::Peer,
     punch::Do,
-    transport::IDLE,
 };
 use crate::metrics::bump;
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
-
-/// Timers of quinn's that may come before the one of its next probe: of pacing, of a delayed ACK, ….
-const PRODS: usize = 4;
-/// Those come so soon; RFC 9000 section 18.2: an ACK is delayed by 25 ms at most.
-const SOON: Duration = Duration::from_millis(50);
+use std::{net::SocketAddr, time::Instant};
 
 impl Node {
     /// The interfaces' addresses and our port; a change makes every live peer look for a path anew.
@@ -135,7 +126,7 @@ impl Node {
         for index in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(index) {
                 slot.move_to(now, path, on_link);
-                self.prod(now, index);
+                self.touch(index);
             }
         }
         if let Some(certificate) = self.peers.get(name).and_then(|p| p.certificate.clone()) {
@@ -151,30 +142,10 @@ impl Node {
         for index in self.slots_of(name).into_iter().chain(dialing) {
             if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path || s.stranded) {
                 slot.path = path;
-                self.prod(now, index); // says to the other end where we are
+                slot.prod(now); // says to the other end where we are
+                self.touch(index);
             }
         }
-    }
-
-    /// On a path that has just come to life a connection tries at once. By itself quinn would wait: what was sent into
-    /// the void fills its window, and each probe waits twice as long as the one before.
-    pub(super) fn prod(&mut self, now: Instant, index: u32) {
-        let Some(slot) = self.slots.get_mut(index).filter(|s| !s.lost) else { return };
-        slot.conn.ping();
-        // Its timers stood still: a probe is due.
-        let late = std::mem::take(&mut slot.stranded);
-        if late {
-            slot.conn.handle_timeout(now);
-        }
-        // Ahead of time, but never as far as the end of an idle connection.
-        for _ in 0..if late { 0 } else { PRODS } {
-            let Some(at) = slot.conn.poll_timeout().filter(|at| *at < slot.alive + IDLE) else { break };
-            slot.conn.handle_timeout(at);
-            if at > now + SOON {
-                break;
-            }
-        }
-        self.touch(index);
     }
 
     fn send_disco(&mut self, now: Instant, name: &str, path: Path, message: &Message) {
