@@ -76,9 +76,8 @@ impl Links {
             };
             changed.await;
             let more = async {
-                match &monitor {
-                    Some(open) => while open.changed().await.is_ok() {},
-                    None => {}
+                if let Some(open) = &monitor {
+                    while open.changed().await.is_ok() {}
                 }
                 std::future::pending().await
             };
