@@ -207,7 +207,7 @@ fn assert_lean(table: &Table) {
 
 #[test]
 fn changes_in_any_order_equal_the_model() {
-    for seed in 0..60 {
+    for seed in crate::seeds(60) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let (mut table, mut model) = (Table::default(), Model::default());
         for step in 0..120 {
@@ -236,7 +236,7 @@ fn changes_in_any_order_equal_the_model() {
 
 #[test]
 fn a_shuffled_relist_equals_a_fresh_list() {
-    for seed in 0..60 {
+    for seed in crate::seeds(60) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut used = Table::default();
         for _ in 0..100 {

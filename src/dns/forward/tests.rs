@@ -553,7 +553,7 @@ fn without_upstreams_it_is_a_refusal_or_a_failure() {
 
 #[test]
 fn everyone_gets_exactly_one_reply_in_time_in_any_world() {
-    for seed in 0..3000 {
+    for seed in crate::seeds(3000) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut nature = || Nature {
             delay: ms(rng.u64(..3000)),
