@@ -41,9 +41,11 @@ use std::{
 use wire::Query;
 use zone::Zone;
 
-/// Datagrams that are answered without a yield: an always-ready socket would own the only thread.
+/// Batches of datagrams that are answered without a yield: an always-ready socket would own the only thread.
+const BATCHES: u32 = 4;
+/// The same for what is done on one connection.
 const BUDGET: u32 = 64;
-/// A query is a name of 255 bytes and options; a longer one is cut off by UDP and closes a TCP connection.
+/// A query is a name of 255 bytes and options; a longer one closes a TCP connection.
 const QUERY_MAX: usize = 4096;
 /// TCP connections. When full, the one that was idle the longest is closed for a new one.
 const CONNECTIONS_MAX: usize = 64;
@@ -237,23 +239,25 @@ impl Sink for Datagrams {
 }
 
 async fn datagrams(state: Rc<State>, udp: Rc<Datagrams>) -> anyhow::Result<()> {
-    let mut message = vec![0; QUERY_MAX];
-    let mut out = Vec::with_capacity(wire::EDNS_MAX);
+    let mut batch = sys::Batch::default();
     let at = udp.0.get_ref().local_addr().context("dns: socket")?.ip();
     for turn in 1_u32.. {
-        match sys::receive_from(udp.0.get_ref(), &mut message) {
-            Ok((_, from, interface)) if !state.serves(interface, from.ip() == at) => {}
-            Ok((n, from, _)) => {
-                let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
-                if state.serve(&message[..n], Via::Udp, to, &mut out) {
-                    udp.give(Some(from), &out);
+        match batch.receive(udp.0.get_ref()) {
+            Ok(_) => {
+                batch.each(|message, from, interface, out| {
+                    let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
+                    state.serves(interface, from.ip() == at) && state.serve(message, Via::Udp, to, out)
+                });
+                // one that the kernel does not take is lost as on the wire; the client asks again
+                if let Err(why) = batch.send(udp.0.get_ref()) {
+                    log::debug!("dns: replies: {why}");
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => udp.0.readable().await.context("dns: UDP")?,
             // an ICMP error of an earlier reply
             Err(e) => log::debug!("dns: receive: {e}"),
         }
-        if turn.is_multiple_of(BUDGET) {
+        if turn.is_multiple_of(BATCHES) {
             yield_now().await;
         }
     }
