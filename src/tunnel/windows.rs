@@ -205,11 +205,16 @@ impl Windows {
         change
     }
 
+    /// Nothing was read or written for a while.
+    pub(super) fn quiet(&self, now: Instant) -> bool {
+        self.read + self.written == 0 && now >= self.used + QUIET
+    }
+
     /// Gives back what a quiet connection does not need. What the peer may send by old credit is not counted
     /// any more: its next reads pay for it.
     pub(super) fn settle(&mut self, now: Instant, budget: &mut Budget) -> Change {
         let mut change = Change::default();
-        if now < self.used + QUIET || self.blocked || self.read + self.written > 0 {
+        if self.blocked || !self.quiet(now) {
             return change;
         }
         let first = budget.first();
