@@ -2,6 +2,7 @@
 //! the rest of the process uses it.
 
 mod admit;
+mod carry;
 mod cid;
 mod congestion;
 mod connect;

@@ -132,6 +132,9 @@ impl Node {
                 let transmit = slot.conn.poll_transmit(now, self.gso, &mut self.scratch)?;
                 let whole = self.scratch.get(..transmit.size).unwrap_or(&self.scratch);
                 let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
+                if slot.peer.is_some() {
+                    slot.remember(whole, size); // should the relay fall silent
+                }
                 let up = whole.chunks(size).all(|datagram| self.homes.wrap(relay, now, flow, datagram, buf));
                 let address = self.homes.get(relay).and_then(|h| h.address).filter(|_| up);
                 (address, transmit.segment_size.map(|s| s + DATA_HEADER))

@@ -138,6 +138,8 @@ impl Node {
         let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
         let endpoint =
             Endpoint::new(Arc::new(transport.endpoint(&mut rng, config.seed)), Some(transport.server()), true, None);
+        let serial = transport.local.unix.load(Ordering::Relaxed).into();
+        let homes = Homes::new(config.relays, transport.local.public, serial, now, rng.fork());
         Self {
             name: config.name,
             gate: Gate::new(transport.cids.clone(), &transport.local.public),
@@ -147,7 +149,7 @@ impl Node {
             by_handle: HashMap::new(),
             peers: Peers::default(),
             streams: Streams::default(),
-            homes: Homes::new(config.relays, now, rng.fork()),
+            homes,
             relay,
             outbox: Outbox::default(),
             events: VecDeque::new(),
@@ -322,7 +324,8 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_dials(now, &peers, &slots);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
         self.drive_paths(now, &peers);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
@@ -368,6 +371,9 @@ impl Node {
         let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
         all.into_iter().for_each(|index| self.close(now, index, "the node stops"));
         self.homes.bye(&mut self.outbox);
+        if let Some(relay) = &mut self.relay {
+            relay.say_restarting(&mut self.outbox);
+        }
     }
 
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
