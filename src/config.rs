@@ -116,6 +116,7 @@ pub enum Upstream {
 pub enum Backend {
     Auto,
     Iptables,
+    Nft,
 }
 
 #[derive(Clone, Debug, PartialEq)]

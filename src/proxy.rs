@@ -4,6 +4,7 @@
 pub mod cover;
 pub mod iptables;
 pub mod link;
+pub mod nft;
 pub mod rules;
 
 use crate::{

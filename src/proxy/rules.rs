@@ -20,6 +20,10 @@ pub const DEVICE: &str = "weft0";
 /// not redirected, and status says how many.
 const REDIRECTS_MOST: usize = 10_000;
 
+/// A port of our address that stands for "nobody serves this": what comes to it is refused.
+/// IANA: tcpmux (RFC 7805: historic).
+pub const REFUSED: u16 = 1;
+
 /// Linux: IFNAMSIZ, less the final zero.
 const NAME_MOST: usize = 15;
 
@@ -50,7 +54,7 @@ pub enum Action {
 /// One address and port that clients use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub protocol: Protocol,
     pub port: u16,
     pub action: Action,
@@ -59,7 +63,7 @@ pub struct Rule {
 /// All that netfilter is to do for us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Desired {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub mark: u32,
     pub catch: Catch,
     /// In the order of their addresses.
@@ -113,7 +117,7 @@ fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
 impl Desired {
     #[must_use]
     pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: Ports, catch: Catch) -> Self {
-        let mut rules: BTreeMap<(Ipv4Addr, u16, Protocol), Action> = BTreeMap::new();
+        let mut rules: BTreeMap<(IpAddr, u16, Protocol), Action> = BTreeMap::new();
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
                 for port in &service.ports {
@@ -128,7 +132,7 @@ impl Desired {
                         (Protocol::Udp, true) | (Protocol::Sctp, _) => continue,
                     };
                     for ip in addresses(service, cfg.external_ips, address) {
-                        rules.entry((ip, port.number, port.protocol)).or_insert(action);
+                        rules.entry((ip.into(), port.number, port.protocol)).or_insert(action);
                     }
                 }
             }
@@ -137,7 +141,7 @@ impl Desired {
         let mut all = Vec::with_capacity(rules.len().min(REDIRECTS_MOST) + 2);
         if let Some((asked, listening)) = ports.dns {
             all.extend([Protocol::Udp, Protocol::Tcp].map(|protocol| Rule {
-                address,
+                address: address.into(),
                 protocol,
                 port: asked,
                 action: Action::Redirect(listening),
@@ -149,7 +153,7 @@ impl Desired {
             port,
             action,
         }));
-        Self { address, mark: cfg.mark, catch, rules: all, left_out }
+        Self { address: address.into(), mark: cfg.mark, catch, rules: all, left_out }
     }
 }
 
