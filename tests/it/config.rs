@@ -117,7 +117,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ),
     ("proxy.mark = 3", "1:14: proxy.mark: 3: expected one bit of 32, such as 0x20"),
     ("proxy.mark = 0x1_0000_0000", "1:14: proxy.mark: 4294967296: expected one bit of 32, such as 0x20"),
-    ("proxy.backend = \"nftables\"", "1:17: proxy.backend: \"nftables\": expected \"auto\", \"iptables\" or \"nft\""),
+    ("proxy.backend = \"nftables\"", "1:17: proxy.backend: \"nftables\": expected \"auto\" or \"iptables\" or \"nft\""),
     ("proxy.max_connections = 0", "1:25: proxy.max_connections: 0: expected a number from 1 to 65536"),
     (
         "proxy.interfaces = [\"br-lan\", \"-j ACCEPT\"]",
