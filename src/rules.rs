@@ -5,13 +5,15 @@ use crate::{
     backoff::Backoff,
     clock::Clock,
     config::{Backend, ProxyConfig},
+    conntrack,
     iptables::{self, Iptables},
-    metrics::{ProxyCounters, bump},
+    metrics::{ProxyCounters, add, bump},
     netlink::{self, Monitor},
     nft::{self, Nft},
     proxy::{
-        cover,
+        cover, flows,
         rules::{self, Catch, DEVICE, Desired, Ports},
+        udp,
     },
     shared::{Bell, Listener, Reader, Writer},
     table::Table,
@@ -106,6 +108,7 @@ pub struct Rules {
     address: Ipv4Addr,
     ports: Ports,
     table: Reader<Table>,
+    udp: Reader<udp::Ports>,
     counters: Rc<ProxyCounters>,
     clock: Clock,
     status: Writer<Status>,
@@ -133,6 +136,8 @@ enum Writes {
 struct Known {
     writes: Option<Writes>,
     checked: Option<Instant>,
+    /// What conntrack's entries were held against.
+    settled: Option<Desired>,
     /// Of nf_tables, when we had last looked and written.
     generation: Option<u32>,
     /// What chains of others would not let us do.
@@ -151,13 +156,14 @@ impl Rules {
         listen: IpAddr,
         ports: Ports,
         table: Reader<Table>,
+        udp: Reader<udp::Ports>,
         counters: Rc<ProxyCounters>,
         clock: Clock,
     ) -> Result<Self> {
         let IpAddr::V4(address) = listen else { bail!("{listen}: weft0 needs an IPv4 address") };
         Catch::new(&cfg.interfaces, &BTreeSet::new()).map_err(|e| anyhow!("proxy.interfaces: {e}"))?;
         let (status, gate) = (Writer::new(Status::default()), Rc::default());
-        Ok(Self { cfg: cfg.clone(), address, ports, table, counters, clock, status, gate })
+        Ok(Self { cfg: cfg.clone(), address, ports, table, udp, counters, clock, status, gate })
     }
 
     #[must_use]
@@ -176,7 +182,7 @@ impl Rules {
     /// None: nothing here ends the process.
     pub async fn run(self) -> Result<()> {
         let mut known = Known::default();
-        let mut bell = self.table.listen();
+        let mut bell = (self.table.listen(), self.udp.listen());
         let mut closing = self.gate.closing.listen();
         let mut ears = Ears::new();
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
@@ -201,7 +207,7 @@ impl Rules {
                     wait = backoff.delay(&mut rng);
                 }
             }
-            let change = or(bell.rung(), or(closing.rung(), ears.changed()));
+            let change = or(rung(&mut bell), or(closing.rung(), ears.changed()));
             or(change, after(wait)).await;
             if last.is_some() {
                 settle(&mut bell, &mut ears).await;
@@ -293,7 +299,8 @@ impl Rules {
         let catch = Catch::new(&self.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
-        let desired = self.table.read(|t| Desired::new(t, &self.cfg, self.address, self.ports, catch));
+        let desired =
+            self.udp.read(|udp| self.table.read(|t| Desired::new(t, &self.cfg, self.address, self.ports, udp, catch)));
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
@@ -328,6 +335,12 @@ impl Rules {
         }
         status.rules = synced.rules;
         known.writes = Some(writes);
+        let ways = flows::changed(known.settled.as_ref(), &desired);
+        match conntrack::settle(&ways, desired.address).await {
+            Ok(deleted) => add(&self.counters.udp_flows_deleted, deleted as u64),
+            Err(e) => status.notes.push(format!("UDP clients that never pause stay where they were: {e:#}")),
+        }
+        known.settled = Some(desired);
         Ok(())
     }
 
@@ -384,13 +397,17 @@ async fn listen<M>(monitor: &mut Option<M>, changed: impl AsyncFnOnce(&M) -> io:
     std::future::pending().await
 }
 
+async fn rung((table, udp): &mut (Listener, Listener)) {
+    or(table.rung(), udp.rung()).await;
+}
+
 /// Waits for a lull, at most for [`GAP`].
-async fn settle(bell: &mut Listener, ears: &mut Ears) {
+async fn settle(bell: &mut (Listener, Listener), ears: &mut Ears) {
     let lull = async {
         loop {
             let more = or(
                 async {
-                    or(bell.rung(), ears.changed()).await;
+                    or(rung(bell), ears.changed()).await;
                     true
                 },
                 async {

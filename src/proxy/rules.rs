@@ -1,6 +1,6 @@
 //! The rules that we want, as data. A backend renders them.
 
-use super::cover::Prefix;
+use super::{cover::Prefix, udp};
 use crate::{
     config::ProxyConfig,
     table::{
@@ -110,26 +110,35 @@ fn addresses<'s>(service: &'s Service, external: bool, own: Ipv4Addr) -> impl It
     })
 }
 
-fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
+/// The Services that are ours to bring to their endpoints.
+pub fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
     table.services().filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
 }
 
 impl Desired {
     #[must_use]
-    pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: Ports, catch: Catch) -> Self {
+    pub fn new(
+        table: &Table,
+        cfg: &ProxyConfig,
+        address: Ipv4Addr,
+        ports: Ports,
+        udp: &udp::Ports,
+        catch: Catch,
+    ) -> Self {
         let mut rules: BTreeMap<(IpAddr, u16, Protocol), Action> = BTreeMap::new();
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
                 for port in &service.ports {
-                    let served = table.endpoints(&service.id).any(|(slice, endpoint)| {
-                        (endpoint.ready || endpoint.serving)
-                            && Table::target_port(slice, &port.name, port.protocol).is_some()
-                    });
-                    // A UDP or SCTP port that somebody serves is left to whoever else does it.
+                    let served = udp::served(table, &service.id, &port.name, port.protocol);
+                    // An SCTP port, and an UDP port that has no socket yet, are left to whoever else does them.
                     let action = match (port.protocol, served) {
                         (Protocol::Tcp, true) => Action::Redirect(proxy),
                         (Protocol::Tcp | Protocol::Udp, false) => Action::Refuse,
-                        (Protocol::Udp, true) | (Protocol::Sctp, _) => continue,
+                        (Protocol::Udp, true) => match udp.get(&(service.id.clone(), port.number)) {
+                            Some(socket) => Action::Redirect(*socket),
+                            None => continue,
+                        },
+                        (Protocol::Sctp, _) => continue,
                     };
                     for ip in addresses(service, cfg.external_ips, address) {
                         rules.entry((ip.into(), port.number, port.protocol)).or_insert(action);
@@ -227,7 +236,8 @@ mod tests {
     }
 
     fn rules(table: &Table, cfg: &ProxyConfig) -> Vec<(String, u16, Protocol, Action)> {
-        let desired = Desired::new(table, cfg, OWN, PORTS, Catch::AllBut(vec![]));
+        let id = ServiceId { namespace: "default".into(), name: "udp".into() };
+        let desired = Desired::new(table, cfg, OWN, PORTS, &[((id, 80), 10_007)].into(), Catch::AllBut(vec![]));
         desired.rules.iter().map(|r| (r.address.to_string(), r.port, r.protocol, r.action)).collect()
     }
 
@@ -241,6 +251,7 @@ mod tests {
         add(&mut table, "web", "10.96.0.2", Protocol::Tcp, true, |_| ());
         add(&mut table, "dead", "10.96.0.1", Protocol::Tcp, false, |_| ());
         add(&mut table, "udp", "10.96.0.3", Protocol::Udp, true, |_| ());
+        add(&mut table, "udp-without-socket", "10.96.0.8", Protocol::Udp, true, |_| ());
         add(&mut table, "udp-dead", "10.96.0.4", Protocol::Udp, false, |_| ());
         add(&mut table, "sctp", "10.96.0.5", Protocol::Sctp, false, |_| ());
         add(&mut table, "other", "10.96.0.6", Protocol::Tcp, true, |s| s.not_proxied = true);
@@ -249,11 +260,12 @@ mod tests {
         want.extend([
             ("10.96.0.1".into(), 80, Protocol::Tcp, Action::Refuse),
             ("10.96.0.2".into(), 80, Protocol::Tcp, Action::Redirect(4000)),
+            ("10.96.0.3".into(), 80, Protocol::Udp, Action::Redirect(10_007)),
             ("10.96.0.4".into(), 80, Protocol::Udp, Action::Refuse),
         ]);
         assert_eq!(rules(&table, &cfg()), want);
         let (vips, avoid) = addresses_of(&table, &cfg(), OWN);
-        assert_eq!(vips.len(), 5);
+        assert_eq!(vips.len(), 6);
         assert!(avoid.contains(&Prefix::host("10.1.0.9".parse().unwrap())));
     }
 

@@ -121,7 +121,8 @@ fn main() {
         let dns = Async::new(sys::udp_socket(&SocketAddr::new(listen, 0)).unwrap()).unwrap();
         let ports = Ports { proxy: Some(proxy.port()), dns: Some((53, dns.get_ref().local_addr().unwrap().port())) };
         println!("port {}", proxy.port());
-        let rules = Rules::new(&cfg, listen, ports, table.reader(), counters.clone(), clock).unwrap();
+        let rules =
+            Rules::new(&cfg, listen, ports, table.reader(), proxy.udp_ports(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());
         ex.spawn(proxy.run()).detach();
         ex.spawn(rules.run()).detach();

@@ -100,6 +100,11 @@ impl Attrs<'_> {
         self.close(at);
     }
 
+    /// Attributes that are written already.
+    pub fn raw(&mut self, attrs: &[u8]) {
+        self.0.extend(attrs);
+    }
+
     pub fn number(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
@@ -138,14 +143,20 @@ fn end(out: &mut [u8], at: usize) {
     out[at..at + 4].copy_from_slice(&len.to_ne_bytes());
 }
 
-/// One request outside of a batch.
+/// One message of nfnetlink, of any subsystem.
 #[must_use]
-pub fn request(kind: Kind, flags: u16, seq: u32, family: u8, attrs: impl FnOnce(&mut Attrs<'_>)) -> Vec<u8> {
+pub fn message(kind: u16, flags: u16, seq: u32, family: u8, attrs: impl FnOnce(&mut Attrs<'_>)) -> Vec<u8> {
     let mut out = Vec::new();
-    let at = header(&mut out, kind.number(), flags, seq, [family, 0, 0, 0]);
+    let at = header(&mut out, kind, flags, seq, [family, 0, 0, 0]);
     attrs(&mut Attrs(&mut out));
     end(&mut out, at);
     out
+}
+
+/// One request outside of a batch.
+#[must_use]
+pub fn request(kind: Kind, flags: u16, seq: u32, family: u8, attrs: impl FnOnce(&mut Attrs<'_>)) -> Vec<u8> {
+    message(kind.number(), flags, seq, family, attrs)
 }
 
 /// One transaction: all of its messages take effect at once, or none.
