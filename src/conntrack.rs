@@ -32,9 +32,6 @@ const DELETES: usize = 10_000;
 /// # Errors
 /// Where the kernel does not show its entries (module nf_conntrack_netlink), or not to us.
 pub async fn settle(ways: &Ways, own: IpAddr) -> Result<usize> {
-    if ways.is_empty() {
-        return Ok(0);
-    }
     let late = async {
         Timer::after(PATIENCE).await;
         Err(ErrorKind::TimedOut.into())

@@ -31,11 +31,24 @@ pub fn is_installed() -> bool {
     exec::find("iptables-restore").is_some() && exec::find("iptables-save").is_some()
 }
 
+/// Whether somebody uses the tables of iptables-legacy in this network namespace.
+#[must_use]
+pub fn has_legacy_tables() -> bool {
+    let names = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    names.lines().any(|name| matches!(name, "nat" | "filter"))
+}
+
 impl Iptables {
+    /// That variant of iptables whose tables are in use.
+    ///
     /// # Errors
     /// When there is no iptables, or it cannot be run.
     pub async fn new() -> Result<Self> {
-        let tools = Tools::new("iptables").await?;
+        let legacy = if has_legacy_tables() { Tools::new("iptables-legacy").await.ok() } else { None };
+        let tools = match legacy {
+            Some(tools) => tools,
+            None => Tools::new("iptables").await?,
+        };
         Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new() })
     }
 

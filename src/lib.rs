@@ -41,8 +41,10 @@ pub mod conntrack;
 pub mod disk;
 pub mod dns;
 pub mod exec;
+pub mod holder;
 pub mod iptables;
 pub mod kube;
+pub mod links;
 pub mod log;
 pub mod metrics;
 pub mod netlink;
@@ -58,3 +60,9 @@ pub mod table;
 pub mod tasks;
 pub mod tunnel;
 pub mod udp;
+
+/// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
+#[cfg(test)]
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    0..if cfg!(target_arch = "x86_64") { count } else { count.div_ceil(10) }
+}

@@ -140,8 +140,12 @@ struct Known {
     settled: Option<Desired>,
     /// Of nf_tables, when we had last looked and written.
     generation: Option<u32>,
+    /// Of the rules by nf_tables, the last time.
+    refused: bool,
     /// What chains of others would not let us do.
     ways: Vec<String>,
+    /// Why UDP's old flows could not be looked at.
+    flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
     default_interfaces: BTreeSet<String>,
 }
@@ -278,8 +282,9 @@ impl Rules {
         if setting(&ignored).is_some_and(|v| v != "0") {
             std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
         }
-        let wanted = if self.ports.proxy.is_some() {
-            let (vips, mut avoid) = self.table.read(|t| rules::addresses_of(t, &self.cfg, self.address));
+        let wanted = if self.ports.proxy.is_some() || self.ports.take_over.is_some() {
+            let of = |t: &Table| rules::addresses_of(t, &self.cfg, self.address, &self.ports);
+            let (vips, mut avoid) = self.table.read(of);
             avoid.extend(around.taken);
             cover::cover(&vips, &avoid)
         } else {
@@ -300,7 +305,7 @@ impl Rules {
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
         let desired =
-            self.udp.read(|udp| self.table.read(|t| Desired::new(t, &self.cfg, self.address, self.ports, udp, catch)));
+            self.udp.read(|udp| self.table.read(|t| Desired::new(t, &self.cfg, self.address, &self.ports, udp, catch)));
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
@@ -308,7 +313,7 @@ impl Rules {
         let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
         let mut writes = match known.writes.take() {
             Some(writes) => writes,
-            None => self.choose().await?,
+            None => self.choose(known.refused).await?,
         };
         let synced = match &mut writes {
             Writes::Iptables(iptables) => {
@@ -317,7 +322,9 @@ impl Rules {
             }
             Writes::Nft(nft) => {
                 "nf_tables".clone_into(&mut status.backend);
-                nft.sync(&desired, look)?
+                let synced = nft.sync(&desired, look);
+                known.refused = synced.is_err();
+                synced?
             }
         };
         if look {
@@ -336,21 +343,32 @@ impl Rules {
         status.rules = synced.rules;
         known.writes = Some(writes);
         let ways = flows::changed(known.settled.as_ref(), &desired);
-        match conntrack::settle(&ways, desired.address).await {
-            Ok(deleted) => add(&self.counters.udp_flows_deleted, deleted as u64),
-            Err(e) => status.notes.push(format!("UDP clients that never pause stay where they were: {e:#}")),
+        if !ways.is_empty() {
+            let settled = conntrack::settle(&ways, desired.address).await;
+            let why = |e| format!("UDP clients that never pause stay where they were: {e:#}");
+            known.flows = settled.map(|n| add(&self.counters.udp_flows_deleted, n as u64)).map_err(why).err();
         }
+        status.notes.extend(known.flows.clone());
         known.settled = Some(desired);
         Ok(())
     }
 
-    async fn choose(&self) -> Result<Writes> {
+    /// nf_tables for choice. iptables where it is installed and its legacy tables are in use: those we could not see into,
+    /// and where the kernel has refused our tables.
+    async fn choose(&self, refused: bool) -> Result<Writes> {
         let nft = match self.cfg.backend {
             Backend::Nft => true,
             Backend::Iptables => false,
-            Backend::Auto => !iptables::is_installed(),
+            Backend::Auto => !iptables::is_installed() || !(refused || iptables::has_legacy_tables()),
         };
-        Ok(if nft { Writes::Nft(Nft::open()?) } else { Writes::Iptables(Iptables::new().await?) })
+        if nft {
+            match Nft::open() {
+                Err(e) if self.cfg.backend == Backend::Nft || !iptables::is_installed() => return Err(e),
+                Err(e) => log::info!("rules: {e:#}; iptables is used"),
+                Ok(nft) => return Ok(Writes::Nft(nft)),
+            }
+        }
+        Iptables::new().await.map(Writes::Iptables)
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Link {
 }
 
 impl Link {
-    fn contains(self, other: IpAddr) -> bool {
+    pub(super) fn contains(self, other: IpAddr) -> bool {
         match (self.address, other) {
             (IpAddr::V4(a), IpAddr::V4(b)) => {
                 let host = u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);

@@ -34,7 +34,8 @@ impl Node {
 
     /// A NAT's mapping behaviour, as far as the relays can tell.
     pub(super) fn mapping(&self) -> Mapping {
-        let seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        let seen: Vec<SocketAddr> =
+            (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed).collect();
         match seen[..] {
             [] => Mapping::Unknown,
             _ if seen.iter().all(|a| self.local.contains(a)) => Mapping::None,
@@ -45,7 +46,7 @@ impl Node {
     }
 
     fn candidates(&self) -> Vec<SocketAddr> {
-        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
+        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed);
         let mut all: Vec<SocketAddr> = seen.chain(self.local.iter().copied()).collect();
         let mut unique = Vec::new();
         all.retain(|a| {
@@ -110,7 +111,7 @@ impl Node {
         }
     }
 
-    fn slots_of(&self, name: &str) -> Vec<u32> {
+    pub(super) fn slots_of(&self, name: &str) -> Vec<u32> {
         self.slots.iter().filter(|(_, s)| !s.lost && s.peer.as_deref() == Some(name)).map(|(index, _)| index).collect()
     }
 
@@ -121,11 +122,10 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(name) {
             peer.path_since = now;
         }
+        let on_link = self.on_link(path);
         for index in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(index) {
-                (slot.path, slot.also) = (path, None);
-                slot.conn.path_changed(now);
-                slot.conn.ping();
+                slot.move_to(now, path, on_link);
                 self.touch(index);
             }
         }
