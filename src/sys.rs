@@ -487,6 +487,20 @@ pub fn netlink(family: Family, groups: u32, patience: Duration) -> io::Result<Ow
     Ok(fd)
 }
 
+/// Makes room for one datagram of this size; netlink takes a whole transaction as one.
+///
+/// # Errors
+/// `PermissionDenied` without CAP_NET_ADMIN, where it is more than everybody may have.
+pub fn room_to_send(fd: &impl AsFd, size: usize) -> io::Result<()> {
+    // net.core.wmem_default is 212,992 on a kernel that nobody tuned, and netlink keeps 32 bytes for itself.
+    const GIVEN: usize = 128 * 1024;
+    if size <= GIVEN {
+        return Ok(());
+    }
+    let wanted = c_int::try_from(size + 4_096).map_err(|_| io::ErrorKind::InvalidInput)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, wanted)
+}
+
 /// Sends one datagram.
 ///
 /// # Errors

@@ -127,6 +127,8 @@ class Agent:
         self.log, self.process = f"{self.folder}/log", None
         config.setdefault("node", {}).setdefault("state_dir", f"{self.folder}/state")
         config.setdefault("admin", {}).setdefault("socket", self.socket)
+        if backend := os.environ.get("WEFT_BACKEND"):
+            config.setdefault("proxy", {}).setdefault("backend", backend)
         self.configure()
 
     def configure(self):
