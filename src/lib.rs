@@ -37,15 +37,18 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod conntrack;
 pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod holder;
+pub mod iptables;
 pub mod kube;
 pub mod links;
 pub mod log;
 pub mod metrics;
 pub mod netlink;
+pub mod nft;
 pub mod proxy;
 pub mod pump;
 pub mod resolver;
@@ -56,6 +59,7 @@ pub mod sys;
 pub mod table;
 pub mod tasks;
 pub mod tunnel;
+pub mod udp;
 
 /// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
 #[cfg(test)]
