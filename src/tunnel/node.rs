@@ -237,7 +237,6 @@ impl Node {
                 },
             },
             Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
             Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
