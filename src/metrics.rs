@@ -130,8 +130,10 @@ counters! {
         relayed_bytes,
         /// Datagrams not relayed: rate, burst or queue limits.
         relay_drops,
-        /// Handshake work put off: the public-key budget was used up.
+        /// Handshakes put off: the budget for public-key work or the room for them was used up.
         budget_exceeded,
+        /// Connections closed because there were too many.
+        connections_displaced,
     }
 }
 

@@ -29,6 +29,8 @@ mod slot;
 mod stream;
 mod streams;
 mod transport;
+#[cfg(test)]
+mod vectors;
 mod view;
 mod ways;
 mod windows;

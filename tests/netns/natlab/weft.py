@@ -82,7 +82,7 @@ def toml(config):
 
 def _value(v):
     if isinstance(v, dict):
-        return "{ " + ", ".join(f"{k} = {_value(x)}" for k, x in v.items() if x is not None) + " }"
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_value(x)}" for k, x in v.items() if x is not None) + " }"
     if isinstance(v, (list, tuple)):
         return "[" + ", ".join(map(_value, v)) + "]"
     return json.dumps(v)  # strings, numbers and booleans are written alike in both
