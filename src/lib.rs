@@ -25,6 +25,8 @@
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
 //! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `carry` what
 //! they carry for us, `relay` the relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
+//! `connect` begins connections, of others only as far as `admit` finds them worth public-key work; `windows` gives
+//! each what its path needs out of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
 //! A node registers at every relay of its list and tells each where it is to be found. Two of them carry its data:
 //! the nearest, and one that stands by, through which there is a flow to each live peer beside the first. A relay
@@ -43,15 +45,18 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod conntrack;
 pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod holder;
+pub mod iptables;
 pub mod kube;
 pub mod links;
 pub mod log;
 pub mod metrics;
 pub mod netlink;
+pub mod nft;
 pub mod proxy;
 pub mod pump;
 pub mod resolver;
@@ -62,6 +67,7 @@ pub mod sys;
 pub mod table;
 pub mod tasks;
 pub mod tunnel;
+pub mod udp;
 
 /// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
 #[cfg(test)]

@@ -213,7 +213,7 @@ impl Put<'_> {
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
-        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
         let interface = "an interface's name, of 1 to 15 characters";
         self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, interface, |s| {

@@ -241,7 +241,6 @@ impl Node {
                 },
             },
             Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
             Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
@@ -315,13 +314,11 @@ impl Node {
             return;
         }
         self.due = None;
-        let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.due().is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
-        for index in expired {
-            if let Some(slot) = self.slots.get_mut(index) {
-                slot.timeout = None;
-                slot.conn.handle_timeout(now);
-                self.touch(index);
+        let (slots, peers) = (self.slots.due(now), self.peers.due(now));
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index) {
+                slot.expire(now);
+                self.touch(*index);
             }
         }
         let mut actions = Vec::new();
@@ -330,9 +327,9 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_wants(now);
-        self.drive_dials(now);
-        self.drive_paths(now);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
+        self.drive_paths(now, &peers);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
@@ -355,6 +352,9 @@ impl Node {
         for index in all {
             if let Some(slot) = self.slots.get_mut(index) {
                 let change = slot.windows.settle(now, &mut self.budget);
+                if slot.windows.quiet(now) {
+                    slot.recent = VecDeque::new();
+                }
                 self.resize(index, change);
             }
             self.touch(index);
