@@ -75,7 +75,7 @@ impl Node {
         let known = peer.paths.current().or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
-            peer.paths.last_good().filter(|_| alone).map(Path::Direct)
+            peer.paths.last_good().filter(|_| alone).map(Path::to)
         });
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             self.dial(now, name, path, &certificate);
@@ -220,7 +220,7 @@ impl Node {
         let Some(address) = home.address else { return };
         let (name, peer) = (home.certificate.name.clone(), home.certificate.key);
         let dial = Dial { local: Arc::clone(&self.transport.local), peer, name, purpose: Purpose::Register };
-        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::Direct(address)) {
+        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::to(address)) {
             self.homes.dial_failed(relay, now, &why);
         }
     }

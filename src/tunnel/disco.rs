@@ -41,6 +41,8 @@ pub(super) enum Mapping {
     EndpointIndependent,
     /// Address-dependent, or address and port-dependent.
     Dependent,
+    /// The same, and the ports come one after the other (section 4.2.1).
+    Sequential,
 }
 
 impl std::fmt::Display for Mapping {
@@ -50,6 +52,7 @@ impl std::fmt::Display for Mapping {
             Self::None => "no NAT",
             Self::EndpointIndependent => "endpoint-independent mapping",
             Self::Dependent => "address-dependent mapping",
+            Self::Sequential => "address-dependent mapping with sequential ports",
         })
     }
 }
@@ -74,6 +77,7 @@ impl Message {
                     Mapping::None => 1,
                     Mapping::EndpointIndependent => 2,
                     Mapping::Dependent => 3,
+                    Mapping::Sequential => 4,
                 });
                 out.push(candidates.len().min(CANDIDATES_MAX) as u8);
                 candidates.iter().take(CANDIDATES_MAX).for_each(|c| put_address(&mut out, *c));
@@ -95,6 +99,7 @@ impl Message {
                     1 => Mapping::None,
                     2 => Mapping::EndpointIndependent,
                     3 => Mapping::Dependent,
+                    4 => Mapping::Sequential,
                     _ => return None,
                 };
                 let count = usize::from(c.u8()?);

@@ -3,11 +3,11 @@
 use super::{
     frame::DATA_HEADER,
     node::{Node, Output},
-    path::Path,
+    path::{Path, Way},
     relay::Relay,
 };
 use crate::metrics::add;
-use std::{net::SocketAddr, time::Instant};
+use std::time::Instant;
 
 /// Transmissions that may be lost on a dead path before the next connection has its turn.
 const TURNS: usize = 4;
@@ -38,16 +38,18 @@ impl Node {
             self.dial_timeout(),
             self.path_timeout(),
             self.lan.poll_timeout(),
+            self.pilot.poll_timeout(),
         ];
         let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
         self.due = due;
         Output::Wait(due)
     }
 
-    fn sent(&self, to: SocketAddr, segment: Option<usize>, len: usize) -> Output {
+    fn sent(&self, to: Way, segment: Option<usize>, len: usize) -> Output {
         add(&self.count.tx_datagrams, segment.map_or(1, |s| len.div_ceil(s)) as u64);
         add(&self.count.tx_bytes, len as u64);
-        Output::Send { to, segment }
+        let local = to.local.or_else(|| self.uplinks.source(to.remote.ip()));
+        Output::Send { to: to.remote, local, segment }
     }
 
     /// One turn of a connection: its events, then one transmission.
@@ -90,7 +92,7 @@ impl Node {
     }
 
     /// None: nothing to send. (None, _) inside: it was dropped, its path is down.
-    fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<SocketAddr>, Option<usize>)> {
+    fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<Way>, Option<usize>)> {
         let slot = self.slots.get_mut(index)?;
         buf.clear();
         let (to, segment) = match slot.path {
@@ -107,7 +109,7 @@ impl Node {
                 let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
                 let up = whole.chunks(size).all(|datagram| self.homes.wrap(relay, now, flow, datagram, buf));
                 let address = self.homes.get(relay).and_then(|h| h.address).filter(|_| up);
-                (address, transmit.segment_size.map(|s| s + DATA_HEADER))
+                (address.map(Way::from), transmit.segment_size.map(|s| s + DATA_HEADER))
             }
         };
         if let Some(slot) = self.slots.get_mut(index) {

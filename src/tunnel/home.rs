@@ -6,10 +6,11 @@ use super::{
     identity::Certificate,
     keys::Key,
     outbox::Outbox,
+    path::Way,
 };
 use crate::backoff::Backoff;
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -48,6 +49,7 @@ struct Up {
     last_ping: Option<(u32, Instant)>,
     unanswered: u32,
     rtt: Option<Duration>,
+    heard: Option<Instant>,
 }
 
 enum State {
@@ -250,6 +252,7 @@ impl Homes {
             last_ping: None,
             unanswered: 0,
             rtt: None,
+            heard: None,
         }));
     }
 
@@ -271,6 +274,44 @@ impl Homes {
 
     pub(super) fn who(&mut self, relay: usize, flow: u32, out: &mut Outbox) {
         self.send(relay, &Control::Who { flow }, out);
+    }
+
+    pub(super) fn first_address(&self) -> Option<SocketAddr> {
+        self.list.iter().find_map(|home| home.address)
+    }
+
+    fn all_up(&mut self) -> impl Iterator<Item = (&mut Up, Option<SocketAddr>)> {
+        self.list.iter_mut().filter_map(|home| match &mut home.state {
+            State::Up(up) => Some((&mut **up, home.address)),
+            State::Down { .. } | State::Resolving | State::Dialing => None,
+        })
+    }
+
+    /// We may have moved: each relay is to see it at once, and has all its PINGs to answer again.
+    pub(super) fn moved(&mut self, now: Instant) {
+        for (up, _) in self.all_up().filter(|(up, _)| up.rtt.is_some()) {
+            (up.next_ping, up.unanswered) = (now, 0);
+        }
+    }
+
+    /// (whether one does not answer, when one answered last); none: nobody has ever.
+    pub(super) fn pulse(&mut self) -> (bool, Option<Instant>) {
+        self.all_up().fold((false, None), |(late, heard), (up, _)| (late || up.unanswered > 1, heard.max(up.heard)))
+    }
+
+    /// Those that have answered until now are asked whether they still do.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        self.all_up().filter(|(up, _)| up.unanswered == 0).for_each(|(up, _)| up.next_ping = now);
+    }
+
+    /// A PING beside the others, from that address of ours.
+    pub(super) fn try_by(&mut self, local: IpAddr, out: &mut Outbox) {
+        for (up, address) in self.all_up() {
+            let frame = up.channel.seal(&Control::Ping { nonce: 0 });
+            if let Some(remote) = address {
+                let _ = out.push(Way { remote, local: Some(local) }, frame);
+            }
+        }
     }
 
     /// Leaves all relays.
@@ -391,7 +432,7 @@ impl Up {
         self.unanswered = 0;
         let busy = self.used.is_some_and(|used| now < used + BUSY);
         self.next_ping = now + if busy { PING_BUSY } else { PING_IDLE };
-        self.observed = Some(observed);
+        (self.observed, self.heard) = (Some(observed), Some(now));
         first
     }
 }

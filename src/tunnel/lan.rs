@@ -35,7 +35,7 @@ pub struct Link {
 }
 
 impl Link {
-    fn contains(self, other: IpAddr) -> bool {
+    pub(super) fn contains(self, other: IpAddr) -> bool {
         match (self.address, other) {
             (IpAddr::V4(a), IpAddr::V4(b)) => {
                 let host = u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0);
@@ -160,10 +160,10 @@ impl Node {
                 self.seek(now, &name);
             }
         } else if peer.dialing.is_some() {
-            self.redial(now, &name, Path::Direct(from), &certificate);
+            self.redial(now, &name, Path::to(from), &certificate);
         } else if !peer.waiting.is_empty() {
             peer.want = None;
-            self.dial(now, &name, Path::Direct(from), &certificate);
+            self.dial(now, &name, Path::to(from), &certificate);
         }
     }
 }

@@ -5,12 +5,26 @@ use super::{
     identity::Certificate,
     lan::Link,
     node::{Node, Origin},
-    path::Path,
+    path::{Path, Way},
     peer::Peer,
+    predict::Ports,
     punch::Do,
 };
 use crate::metrics::bump;
-use std::{net::SocketAddr, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    time::Instant,
+};
+
+/// Where else than at our own addresses we may be reached.
+#[derive(Default)]
+pub(super) struct Reach {
+    /// Through the gateway, which was asked for it.
+    mapped: Option<SocketAddr>,
+    /// Through a NAT that gives ports one after the other.
+    ports: Ports,
+}
 
 impl Node {
     /// The interfaces' addresses and our port; a change makes every live peer look for a path anew.
@@ -19,10 +33,20 @@ impl Node {
         links.dedup();
         links.truncate(CANDIDATES_MAX);
         if self.lan.links != links {
-            self.local = links.iter().map(|link| SocketAddr::new(link.address, port)).collect();
+            let beyond_links = |ip: IpAddr| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+            let known = links.iter().map(|link| link.address).filter(|ip| beyond_links(*ip));
+            self.local = known.map(|ip| SocketAddr::new(ip, port)).collect();
             self.lan.links = links;
             self.lan.ask(now);
             self.due = Some(now);
+            self.seek_all(now);
+        }
+    }
+
+    /// The gateway lets in at this address what is for us; None: not any more.
+    pub fn set_mapped(&mut self, now: Instant, mapped: Option<SocketAddr>) {
+        if self.reach.mapped != mapped {
+            self.reach.mapped = mapped;
             self.seek_all(now);
         }
     }
@@ -34,19 +58,28 @@ impl Node {
 
     /// A NAT's mapping behaviour, as far as the relays can tell.
     pub(super) fn mapping(&self) -> Mapping {
-        let seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        let mut seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        if seen.iter().any(SocketAddr::is_ipv4) {
+            seen.retain(SocketAddr::is_ipv4); // one view of each family tells nothing
+        }
         match seen[..] {
             [] => Mapping::Unknown,
             _ if seen.iter().all(|a| self.local.contains(a)) => Mapping::None,
             [_] => Mapping::Unknown,
             [first, ..] if seen.iter().all(|a| *a == first) => Mapping::EndpointIndependent,
+            [..] if self.reach.ports.sequential() => Mapping::Sequential,
             [..] => Mapping::Dependent,
         }
     }
 
-    fn candidates(&self) -> Vec<SocketAddr> {
+    /// Where a peer may reach us, what is likelier first.
+    fn candidates(&self, now: Instant, peer: &Peer) -> Vec<SocketAddr> {
         let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
-        let mut all: Vec<SocketAddr> = seen.chain(self.local.iter().copied()).collect();
+        let mut all: Vec<SocketAddr> = seen.chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
+        let useful = matches!(peer.mapping, Mapping::Unknown | Mapping::EndpointIndependent);
+        if useful && self.mapping() == Mapping::Sequential {
+            all.extend(self.reach.ports.next(now, &peer.paths.candidates.listed()));
+        }
         let mut unique = Vec::new();
         all.retain(|a| {
             !unique.contains(a) && {
@@ -70,9 +103,15 @@ impl Node {
     }
 
     /// Runs one step of a peer's path machine and does what it asks for.
-    fn with_paths(&mut self, now: Instant, name: &str, step: impl FnOnce(&mut Peer, &mut fastrand::Rng, &mut Vec<Do>)) {
+    pub(super) fn with_paths(
+        &mut self,
+        now: Instant,
+        name: &str,
+        step: impl FnOnce(&mut Peer, &mut fastrand::Rng, &mut Vec<Do>),
+    ) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         let mut out = Vec::new();
+        peer.paths.candidates.uplinks = Rc::clone(&self.uplinks);
         step(peer, &mut self.rng, &mut out);
         for errand in out {
             self.run_errand(now, name, errand);
@@ -81,11 +120,18 @@ impl Node {
 
     fn run_errand(&mut self, now: Instant, name: &str, errand: Do) {
         match errand {
-            Do::Ping { to, txid } => self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid }),
+            Do::Ping { to, txid } => {
+                if self.behind_nat(to) {
+                    self.reach.ports.sent(now, to.remote);
+                }
+                self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid });
+            }
             Do::CallMeMaybe { asks } => {
-                let message = Message::CallMeMaybe { asks, mapping: self.mapping(), candidates: self.candidates() };
-                let path = self.peers.get(name).and_then(|p| p.paths.relay().or_else(|| p.paths.current()));
-                if let Some(path) = path {
+                self.note_relays(now);
+                let Some(peer) = self.peers.get(name) else { return };
+                let (mapping, candidates) = (self.mapping(), self.candidates(now, peer));
+                let message = Message::CallMeMaybe { asks, mapping, candidates };
+                if let Some(path) = peer.paths.relay().or_else(|| peer.paths.current()) {
                     self.send_disco(now, name, path, &message);
                 }
             }
@@ -106,6 +152,23 @@ impl Node {
                         slot.also = None;
                     }
                 }
+            }
+        }
+    }
+
+    /// Whether what goes this way passes the NAT that the relays see us behind.
+    fn behind_nat(&self, way: Way) -> bool {
+        let ours = way.local.is_none() || way.local == self.uplinks.source(way.remote.ip());
+        way.remote.is_ipv4() && ours && !self.lan.links.iter().any(|l| l.contains(way.remote.ip()))
+    }
+
+    fn note_relays(&mut self, now: Instant) {
+        for relay in 0..self.homes.len() {
+            let at = self.homes.get(relay).and_then(|h| h.address);
+            if let (Some(at), Some(seen)) = (at, self.homes.view(relay).3)
+                && self.behind_nat(at.into())
+            {
+                self.reach.ports.seen(now, at, seen);
             }
         }
     }
@@ -163,13 +226,15 @@ impl Node {
         let Some((name, message)) = opened else { return bump(&self.count.disco_rejects) };
         match (message, origin) {
             (Message::Ping { txid }, Origin::Address(from)) => {
-                self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from });
+                self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from.remote });
                 self.with_paths(now, &name, |peer, rng, out| peer.paths.came_from(now, from, rng, out));
             }
-            (Message::Pong { txid, .. }, Origin::Address(_)) => {
-                self.with_paths(now, &name, |peer, _, out| {
-                    peer.paths.ponged(now, txid, out);
-                });
+            (Message::Pong { txid, observed }, Origin::Address(_)) => {
+                let mut proven = None;
+                self.with_paths(now, &name, |peer, _, out| proven = peer.paths.ponged(now, txid, out));
+                if let Some(way) = proven.filter(|way| way.rank() > 0 && self.behind_nat(*way)) {
+                    self.reach.ports.seen(now, way.remote, observed);
+                }
             }
             (Message::CallMeMaybe { asks, mapping, candidates }, _) => {
                 if let Some(peer) = self.peers.get_mut(&name) {

@@ -264,7 +264,7 @@ impl World {
         loop {
             let host = &mut self.hosts[at];
             match host.node.poll_output(self.now, &mut buf) {
-                Output::Send { to, segment } => {
+                Output::Send { to, segment, .. } => {
                     let (from, cut) = (host.address, host.cut);
                     *self.sent.entry(from).or_default() += buf.len() as u64;
                     for datagram in buf.chunks(segment.unwrap_or(buf.len())) {
