@@ -21,6 +21,8 @@ struct Candidate {
     proven: Option<Instant>,
     /// The peer says itself that it may be reached there.
     listed: bool,
+    /// How many of its own uplinks the peer prefers to this one, as its PINGs say.
+    theirs: u8,
 }
 
 #[derive(Debug, Default)]
@@ -30,8 +32,8 @@ pub(super) struct Candidates {
     pub(super) uplinks: Rc<Uplinks>,
 }
 
-/// Lower is better: rank, our uplinks in their order, then what the peer prefers, where it is not on the link.
-type Grade = (u8, usize, bool);
+/// Lower is better: rank, our uplinks in their order, the peer's in its.
+type Grade = (u8, usize, u8);
 
 impl Candidates {
     pub(super) fn len(&self) -> usize {
@@ -73,7 +75,7 @@ impl Candidates {
                 self.list.swap_remove(at);
             }
         }
-        self.list.push(Candidate { way, rtt: None, proven: None, listed: false });
+        self.list.push(Candidate { way, rtt: None, proven: None, listed: false, theirs: 0 });
         true
     }
 
@@ -112,6 +114,11 @@ impl Candidates {
         }
     }
 
+    /// The peer has come by this way, which it prefers so much.
+    pub(super) fn prefer(&mut self, way: Way, theirs: u8) {
+        self.list.iter_mut().filter(|c| c.way == way).for_each(|c| c.theirs = theirs);
+    }
+
     /// Nothing comes by this one any more.
     pub(super) fn disprove(&mut self, way: Way) {
         self.list.iter_mut().filter(|c| c.way == way).for_each(|c| c.proven = None);
@@ -122,8 +129,7 @@ impl Candidates {
     }
 
     fn grade(&self, c: &Candidate) -> Grade {
-        let rank = c.way.rank();
-        (rank, self.uplinks.preference(c.way), rank > 0 && !c.listed)
+        (c.way.rank(), self.uplinks.preference(c.way), c.theirs)
     }
 
     fn proven(&self, now: Instant) -> impl Iterator<Item = &Candidate> {
@@ -167,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn rank_comes_before_uplink_before_the_peers_list_before_the_rtt() {
+    fn rank_comes_before_our_uplink_before_the_peers_before_the_rtt() {
         let now = Instant::now();
         let mut c = Candidates::default();
         let mut uplinks = Uplinks::default();
@@ -176,6 +182,7 @@ mod tests {
         let (listed, heard, v6) = (address("11.0.0.1:5"), address("11.0.0.2:5"), address("[2a0f::9]:5"));
         assert_eq!(c.called(&[listed, v6], None, None), 3);
         c.learn_address(heard);
+        c.ways().into_iter().filter(|w| w.remote == heard).for_each(|w| c.prefer(w, 1));
         let worst_first = [
             Way { remote: heard, local: Some("10.2.0.2".parse().unwrap()) },
             Way { remote: listed, local: Some("10.2.0.2".parse().unwrap()) },

@@ -196,6 +196,7 @@ impl Node {
             }
             Action::Dial(relay) => self.register(now, relay),
             Action::Registered(relay) => self.registered(now, relay),
+            Action::Tried(_) => {}
             Action::Lost(relay) => self.relay_lost(now, relay),
             Action::Opened { relay, request, flow, certificate } => {
                 self.flow_opened(now, relay, request, flow, *certificate);
@@ -227,6 +228,7 @@ impl Node {
 
     /// The relay answered under the registration's keys: the connection has done its work.
     fn registered(&mut self, now: Instant, relay: usize) {
+        self.pilot.try_at(now);
         let done = self.slots.iter().filter(|(_, s)| s.role == Role::Registering(relay)).map(|(i, _)| i);
         let done: Vec<u32> = done.collect();
         done.into_iter().for_each(|index| self.close(now, index, "registered"));

@@ -35,6 +35,8 @@ const FIRST_PINGS: [Duration; 6] = [
     Duration::from_millis(400),
     Duration::from_millis(800),
 ];
+/// The nonce of a PING that says nothing of the registration: it goes by another uplink.
+const BESIDE: u32 = 0;
 /// Between tries at a relay that does not answer.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MOST: Duration = Duration::from_secs(30);
@@ -78,6 +80,8 @@ pub(super) enum Action {
     Dial(usize),
     /// The first PONG: the registration holds.
     Registered(usize),
+    /// The answer to a PING beside the others.
+    Tried(SocketAddr),
     /// No registration any more: paths through it are dead.
     Lost(usize),
     Opened {
@@ -194,7 +198,7 @@ impl Homes {
                         actions.push(Action::Lost(relay));
                         return self.handle_timeout(now, out, actions);
                     }
-                    let nonce = self.rng.u32(..);
+                    let nonce = self.rng.u32(BESIDE + 1..);
                     let busy = up.used.is_some_and(|used| now < used + BUSY);
                     up.unanswered += 1;
                     up.next_ping = now
@@ -307,7 +311,7 @@ impl Homes {
     /// A PING beside the others, from that address of ours.
     pub(super) fn try_by(&mut self, local: IpAddr, out: &mut Outbox) {
         for (up, address) in self.all_up() {
-            let frame = up.channel.seal(&Control::Ping { nonce: 0 });
+            let frame = up.channel.seal(&Control::Ping { nonce: BESIDE });
             if let Some(remote) = address {
                 let _ = out.push(Way { remote, local: Some(local) }, frame);
             }
@@ -373,6 +377,7 @@ impl Homes {
         let Some(message) = up.channel.open(frame) else { return false };
         up.channel.cookie = header.cookie;
         match message {
+            Control::Pong { nonce: BESIDE, observed } => actions.push(Action::Tried(observed)),
             Control::Pong { nonce, observed } => {
                 if up.pong(now, nonce, observed) {
                     let name = &self.list[relay].certificate.name;

@@ -261,13 +261,21 @@ impl Node {
     fn handle_control(&mut self, now: Instant, way: Way, frame: &[u8]) {
         let from = way.remote;
         let mut actions = Vec::new();
+        let before = self.homes.at(from).and_then(|relay| self.homes.view(relay).3);
         let taken = match self.homes.at(from) {
             Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
             None => false,
         };
+        let after = self.homes.at(from).and_then(|relay| self.homes.view(relay).3);
         match &mut self.relay {
             _ if taken => {
                 self.uplink_works(now, way);
+                if let Some(Action::Tried(seen)) = actions.first() {
+                    self.uplink_seen(now, way, *seen);
+                }
+                if before.is_some() && before != after {
+                    self.tell_all(now); // where we are now
+                }
                 self.act(now, actions);
             }
             Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),

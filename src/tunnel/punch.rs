@@ -66,7 +66,10 @@ pub(super) enum Do {
     /// The data takes this path from now on; it is proven.
     Switch(Path),
     /// The last datagrams again by the relay, and all new ones by both paths.
-    Suspect,
+    /// `tell`: the peer too, unless it was the peer who said so.
+    Suspect {
+        tell: bool,
+    },
     /// The direct path answered again: by it alone.
     Trust,
 }
@@ -178,11 +181,19 @@ impl Paths {
         self.candidates.relink();
         let gone = self.direct().is_some_and(|way| !self.candidates.uplinks.has(way));
         if gone && !self.suspect {
-            self.suspect = true;
-            self.silent_since = Some(now);
-            if self.relay.is_some() {
-                out.push(Do::Suspect);
-            }
+            self.doubt(now, true, out);
+        }
+    }
+
+    /// From here on only a new PONG proves the path, and the relay carries what it carries.
+    fn doubt(&mut self, now: Instant, tell: bool, out: &mut Vec<Do>) {
+        if let Some(way) = self.direct() {
+            self.candidates.disprove(way);
+        }
+        self.suspect = true;
+        self.silent_since.get_or_insert(now);
+        if self.relay.is_some() {
+            out.push(Do::Suspect { tell });
         }
     }
 
@@ -194,6 +205,11 @@ impl Paths {
             out.push(Do::CallMeMaybe { asks: true });
         }
         self.start_round(now);
+    }
+
+    /// What was called last does not hold any more.
+    pub(super) fn tell_again(&mut self) {
+        self.called = None;
     }
 
     fn start_round(&mut self, now: Instant) {
@@ -284,9 +300,7 @@ impl Paths {
     /// The peer says that what we send directly does not arrive.
     pub(super) fn path_down(&mut self, now: Instant, out: &mut Vec<Do>) {
         if matches!(self.current, Some(Path::Direct(_))) && !self.suspect && self.relay.is_some() {
-            self.suspect = true;
-            self.silent_since.get_or_insert(now);
-            out.push(Do::Suspect);
+            self.doubt(now, false, out);
         }
     }
 
@@ -322,19 +336,13 @@ impl Paths {
         };
         if now >= since + DEAD_AFTER {
             (self.suspect, self.silent_since) = (false, None);
-            if let Some(way) = self.direct() {
-                self.candidates.disprove(way);
-            }
             if let Some(relay) = self.relay {
                 self.current = Some(relay);
                 out.push(Do::Switch(relay));
             }
             self.seek(now, out);
         } else if now >= since + SUSPECT_AFTER && !self.suspect {
-            self.suspect = true;
-            if self.relay.is_some() {
-                out.push(Do::Suspect);
-            }
+            self.doubt(now, true, out);
             self.seek(now, out);
         }
     }
@@ -474,9 +482,12 @@ mod tests {
         let mut m = Machine::new();
         m.direct("11.0.0.1:5");
         m.paths.sent(m.now);
-        let said: Vec<(Duration, Do)> =
-            m.run(4 * SEC).into_iter().filter(|(_, d)| matches!(d, Do::Suspect | Do::Switch(_) | Do::Trust)).collect();
-        assert_eq!(said, [(SEC, Do::Suspect), (3 * SEC, Do::Switch(RELAY))]);
+        let said: Vec<(Duration, Do)> = m
+            .run(4 * SEC)
+            .into_iter()
+            .filter(|(_, d)| matches!(d, Do::Suspect { .. } | Do::Switch(_) | Do::Trust))
+            .collect();
+        assert_eq!(said, [(SEC, Do::Suspect { tell: true }), (3 * SEC, Do::Switch(RELAY))]);
 
         let mut m = Machine::new();
         let address = m.direct("11.0.0.1:5");

@@ -2,6 +2,7 @@
 
 use super::{lan::Link, node::Node, path::Way};
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     time::{Duration, Instant},
@@ -16,7 +17,7 @@ const NEAR_MAX: usize = 64;
 const ASK_WAIT: Duration = Duration::from_millis(300);
 /// Between turns while no relay answers at all: as long as a handshake may take.
 const TURN: Duration = Duration::from_secs(5);
-/// Between tries of a better uplink than the one whose turn it is.
+/// Between questions to the relays by the uplinks whose turn it is not: whether they work, and what is seen there.
 const TRY_AGAIN: Duration = Duration::from_secs(20);
 
 /// One address for each interface with a default route and each family, the preferred interface first.
@@ -108,9 +109,10 @@ impl Uplinks {
         better
     }
 
-    /// A better uplink than the one whose turn it is, to be tried now and then.
-    pub(super) fn better(&self, remote: IpAddr) -> Option<IpAddr> {
-        self.of(remote).next().filter(|_| self.turn > 0 && !self.by_route(remote))
+    /// The uplinks whose turn it is not.
+    fn others(&self, remote: IpAddr) -> Vec<IpAddr> {
+        let now = self.source(remote);
+        self.of(remote).filter(|a| now.is_some_and(|now| now != *a)).collect()
     }
 }
 
@@ -123,9 +125,20 @@ pub(super) struct Pilot {
     next_try: Option<Instant>,
     /// What takes a relay's path is to be said again when a relay answers.
     moved: bool,
+    /// Where a relay sees us by uplinks whose turn it is not.
+    seen: BTreeMap<IpAddr, SocketAddr>,
 }
 
 impl Pilot {
+    pub(super) fn seen(&self) -> impl Iterator<Item = SocketAddr> {
+        self.seen.values().copied()
+    }
+
+    /// A relay is there that may be asked.
+    pub(super) fn try_at(&mut self, now: Instant) {
+        self.next_try = self.next_try.map(|at| at.min(now));
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         [self.asked.map(|at| at + ASK_WAIT), self.next_try].into_iter().flatten().min()
     }
@@ -149,7 +162,9 @@ impl Node {
     /// The relays are to see at once where we are.
     fn move_relays(&mut self, now: Instant) {
         self.homes.moved(now);
-        self.pilot = Pilot { turned: Some(now), next_try: Some(now + TRY_AGAIN), moved: true, ..Pilot::default() };
+        let mut seen = std::mem::take(&mut self.pilot.seen);
+        seen.retain(|local, _| self.uplinks.list.contains(local));
+        self.pilot = Pilot { asked: None, turned: Some(now), next_try: Some(now), moved: true, seen };
         self.due = Some(now);
     }
 
@@ -168,6 +183,15 @@ impl Node {
                 }
                 self.touch(index);
             }
+        }
+    }
+
+    /// A relay saw us at this address by that uplink.
+    pub(super) fn uplink_seen(&mut self, now: Instant, way: Way, seen: SocketAddr) {
+        if let Some(local) = way.local
+            && self.pilot.seen.insert(local, seen) != Some(seen)
+        {
+            self.tell_all(now);
         }
     }
 
@@ -196,7 +220,7 @@ impl Node {
         }
         if self.pilot.next_try.is_none_or(|at| now >= at) {
             self.pilot.next_try = Some(now + TRY_AGAIN);
-            if let Some(local) = self.uplinks.better(relay.ip()) {
+            for local in self.uplinks.others(relay.ip()) {
                 self.homes.try_by(local, &mut self.outbox);
             }
         }
@@ -262,9 +286,9 @@ mod tests {
         let mut two = uplinks(&["192.168.1.2", "10.0.0.2"]);
         let ip = remote().ip();
         let named = |u: &Uplinks| u.source(ip).unwrap().to_string();
-        assert_eq!((named(&two), two.better(ip)), ("192.168.1.2".into(), None));
+        assert_eq!((named(&two), two.others(ip)), ("192.168.1.2".into(), addresses(&["10.0.0.2"])));
         assert!(two.next(ip));
-        assert_eq!((named(&two), two.better(ip)), ("10.0.0.2".into(), Some("192.168.1.2".parse().unwrap())));
+        assert_eq!((named(&two), two.others(ip)), ("10.0.0.2".into(), addresses(&["192.168.1.2"])));
         assert!(!two.works(two.ways(remote())[1]));
         assert!(two.works(two.ways(remote())[0]));
         assert_eq!(named(&two), "192.168.1.2");

@@ -47,13 +47,19 @@ impl Node {
     pub fn set_mapped(&mut self, now: Instant, mapped: Option<SocketAddr>) {
         if self.reach.mapped != mapped {
             self.reach.mapped = mapped;
-            self.seek_all(now);
+            self.tell_all(now);
         }
     }
 
     pub(super) fn seek_all(&mut self, now: Instant) {
         let live: Vec<String> = self.peers.iter().filter(|p| p.slot.is_some()).map(|p| p.name.clone()).collect();
         live.iter().for_each(|name| self.seek(now, name));
+    }
+
+    /// Live peers hear where we may be reached, however lately they did.
+    pub(super) fn tell_all(&mut self, now: Instant) {
+        self.peers.iter_mut().for_each(|p| p.paths.tell_again());
+        self.seek_all(now);
     }
 
     /// A NAT's mapping behaviour, as far as the relays can tell.
@@ -75,7 +81,8 @@ impl Node {
     /// Where a peer may reach us, what is likelier first.
     fn candidates(&self, now: Instant, peer: &Peer) -> Vec<SocketAddr> {
         let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
-        let mut all: Vec<SocketAddr> = seen.chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
+        let mut all: Vec<SocketAddr> =
+            seen.chain(self.pilot.seen()).chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
         let useful = matches!(peer.mapping, Mapping::Unknown | Mapping::EndpointIndependent);
         if useful && self.mapping() == Mapping::Sequential {
             all.extend(self.reach.ports.next(now, &peer.paths.candidates.listed()));
@@ -124,7 +131,8 @@ impl Node {
                 if self.behind_nat(to) {
                     self.reach.ports.sent(now, to.remote);
                 }
-                self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid });
+                let preference = self.uplinks.preference(to) as u8;
+                self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid, preference });
             }
             Do::CallMeMaybe { asks } => {
                 self.note_relays(now);
@@ -136,9 +144,11 @@ impl Node {
                 }
             }
             Do::Switch(path) => self.switch(now, name, path),
-            Do::Suspect => {
+            Do::Suspect { tell } => {
                 let Some(relay) = self.peers.get(name).and_then(|p| p.paths.relay()) else { return };
-                self.send_disco(now, name, relay, &Message::PathDown);
+                if tell {
+                    self.send_disco(now, name, relay, &Message::PathDown);
+                }
                 for index in self.slots_of(name) {
                     let Some(slot) = self.slots.get_mut(index) else { continue };
                     slot.also = Some(relay);
@@ -225,9 +235,12 @@ impl Node {
         });
         let Some((name, message)) = opened else { return bump(&self.count.disco_rejects) };
         match (message, origin) {
-            (Message::Ping { txid }, Origin::Address(from)) => {
+            (Message::Ping { txid, preference }, Origin::Address(from)) => {
                 self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from.remote });
-                self.with_paths(now, &name, |peer, rng, out| peer.paths.came_from(now, from, rng, out));
+                self.with_paths(now, &name, |peer, rng, out| {
+                    peer.paths.came_from(now, from, rng, out);
+                    peer.paths.candidates.prefer(from, preference);
+                });
             }
             (Message::Pong { txid, observed }, Origin::Address(_)) => {
                 let mut proven = None;

@@ -6,6 +6,7 @@ mod nat;
 mod pair;
 mod recall;
 mod relayed;
+mod uplinks;
 mod world;
 
 /// The log of a single run, with WEFT_LOG set: `WEFT_SEED=7 WEFT_LOG=1 cargo test --test sim NAME -- --nocapture`.

@@ -8,6 +8,8 @@ use std::{
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
+    /// None at all: a stateful firewall in front of an address.
+    Same,
     Independent,
     AddressDependent,
     /// Address and port-dependent, the next port for each destination.
@@ -115,7 +117,7 @@ impl Nat {
         let expiry = self.expiry;
         self.entries.retain(|e| now < e.used + expiry);
         let key = match self.mapping {
-            Mapping::Independent => None,
+            Mapping::Same | Mapping::Independent => None,
             Mapping::AddressDependent => Some(SocketAddr::new(to.ip(), 0)),
             Mapping::Sequential | Mapping::Random => Some(to),
         };
@@ -127,6 +129,7 @@ impl Nat {
         let taken = |port| self.entries.iter().any(|e| e.port == port);
         let port = loop {
             let port = match self.mapping {
+                Mapping::Same => break inside.port(),
                 Mapping::Independent | Mapping::Sequential => {
                     self.next = self.next.wrapping_add(1).max(1024);
                     self.next
