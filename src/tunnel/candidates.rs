@@ -54,7 +54,7 @@ impl Candidates {
 
     /// Whether there is one without a NAT between, as far as an address of IPv6 can say that.
     pub(super) fn have_ipv6(&self) -> bool {
-        self.list.iter().any(|c| c.listed && c.way.remote.is_ipv6() && c.way.rank() > 0)
+        self.list.iter().any(|c| c.listed && c.way.remote.is_ipv6() && !c.way.is_lan())
     }
 
     /// All ways to an address of the peer's.

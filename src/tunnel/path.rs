@@ -29,14 +29,20 @@ impl fmt::Display for Way {
 }
 
 impl Way {
-    /// LAN, IPv6, IPv4; lower is better.
+    /// LAN, IPv6, IPv4; lower is better. An address that only the link knows comes behind the LAN's others.
     pub(super) fn rank(self) -> u8 {
         match self.remote.ip() {
             IpAddr::V4(ip) if ip.is_private() || ip.is_link_local() => 0,
-            IpAddr::V6(ip) if ip.is_unique_local() || ip.is_unicast_link_local() => 0,
-            IpAddr::V6(_) => 1,
-            IpAddr::V4(_) => 2,
+            IpAddr::V6(ip) if ip.is_unique_local() => 0,
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => 1,
+            IpAddr::V6(_) => 2,
+            IpAddr::V4(_) => 3,
         }
+    }
+
+    /// The peer may be on a link of ours, where no NAT is between.
+    pub(super) fn is_lan(self) -> bool {
+        self.rank() < 2
     }
 }
 

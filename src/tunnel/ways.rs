@@ -245,7 +245,7 @@ impl Node {
             (Message::Pong { txid, observed }, Origin::Address(_)) => {
                 let mut proven = None;
                 self.with_paths(now, &name, |peer, _, out| proven = peer.paths.ponged(now, txid, out));
-                if let Some(way) = proven.filter(|way| way.rank() > 0 && self.behind_nat(*way)) {
+                if let Some(way) = proven.filter(|way| !way.is_lan() && self.behind_nat(*way)) {
                     self.reach.ports.seen(now, way.remote, observed);
                 }
             }
