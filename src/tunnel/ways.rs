@@ -83,8 +83,8 @@ impl Node {
         let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
         let mut all: Vec<SocketAddr> =
             seen.chain(self.pilot.seen()).chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
-        let useful = matches!(peer.mapping, Mapping::Unknown | Mapping::EndpointIndependent);
-        if useful && self.mapping() == Mapping::Sequential {
+        // Only to who has one mapping himself: else both would guess.
+        if peer.mapping == Mapping::EndpointIndependent && self.mapping() == Mapping::Sequential {
             all.extend(self.reach.ports.next(now, &peer.paths.candidates.listed()));
         }
         let mut unique = Vec::new();
