@@ -48,6 +48,12 @@ impl Links {
         Self { only, v6, port, survey, looked: None, stale: true, monitor, bound }
     }
 
+    /// Whether the user names the interfaces.
+    #[must_use]
+    pub fn named(&self) -> bool {
+        !self.only.is_empty()
+    }
+
     /// Resolves when it is time to look again; cancel-safe.
     ///
     /// # Errors

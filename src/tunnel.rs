@@ -379,7 +379,7 @@ impl Driver {
             let survey = &self.links.survey;
             let uplinks = survey.uplinks.iter().map(|u| u.address).collect();
             let mut node = self.shared.node();
-            node.set_uplinks(now, uplinks, survey.near.clone());
+            node.set_uplinks(now, uplinks, survey.near.clone(), self.links.named());
             node.set_links(now, survey.links.clone(), self.port);
             self.mapper.set_gateway(now, survey.gateway);
         }

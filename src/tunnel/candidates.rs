@@ -177,7 +177,7 @@ mod tests {
         let now = Instant::now();
         let mut c = Candidates::default();
         let mut uplinks = Uplinks::default();
-        uplinks.set(["10.1.0.2", "10.2.0.2", "2a0f::2"].map(|a| a.parse().unwrap()).to_vec(), Vec::new());
+        uplinks.set(["10.1.0.2", "10.2.0.2", "2a0f::2"].map(|a| a.parse().unwrap()).to_vec(), Vec::new(), false);
         c.uplinks = Rc::new(uplinks);
         let (listed, heard, v6) = (address("11.0.0.1:5"), address("11.0.0.2:5"), address("[2a0f::9]:5"));
         assert_eq!(c.called(&[listed, v6], None, None), 3);
@@ -221,7 +221,7 @@ mod tests {
         let mut c = Candidates::default();
         let mut uplinks = Uplinks::default();
         let both = ["10.1.0.2", "10.2.0.2"].map(|a| a.parse().unwrap()).to_vec();
-        uplinks.set(both.clone(), Vec::new());
+        uplinks.set(both.clone(), Vec::new(), false);
         c.uplinks = Rc::new(uplinks.clone());
         let [one, two, three] = [address("11.0.0.1:5"), address("11.0.0.2:5"), address("11.0.0.3:5")];
         c.called(&[one, two], None, None);
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(c.called(&[three], None, None), 2);
         assert_eq!(c.len(), 3, "{c:?}");
 
-        uplinks.set(both[1..].to_vec(), Vec::new());
+        uplinks.set(both[1..].to_vec(), Vec::new(), false);
         c.uplinks = Rc::new(uplinks);
         c.relink();
         assert!(c.ways().iter().all(|w| w.local == Some(both[1])), "{c:?}");

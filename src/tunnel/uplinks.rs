@@ -34,13 +34,13 @@ pub(super) struct Uplinks {
 }
 
 impl Uplinks {
-    /// True where something changed.
-    pub(super) fn set(&mut self, mut list: Vec<IpAddr>, mut near: Vec<Link>) -> bool {
+    /// True where something changed. `named`: by these alone, whatever the routing table prefers.
+    pub(super) fn set(&mut self, mut list: Vec<IpAddr>, mut near: Vec<Link>, named: bool) -> bool {
         list.truncate(UPLINKS_MAX);
         near.truncate(NEAR_MAX);
         let mut several = self.several;
         for (family, flag) in several.iter_mut().enumerate() {
-            *flag |= list.iter().filter(|a| usize::from(a.is_ipv6()) == family).count() > 1;
+            *flag |= named || list.iter().filter(|a| usize::from(a.is_ipv6()) == family).count() > 1;
         }
         let turn = if self.list == list { self.turn } else { 0 };
         let new = Self { list, several, near, turn };
@@ -147,8 +147,9 @@ impl Pilot {
 impl Node {
     /// By which of our addresses default routes lead out, the preferred first, and the networks that none of them
     /// leads to. Peers on an uplink that is gone go by another at once.
-    pub fn set_uplinks(&mut self, now: Instant, list: Vec<IpAddr>, near: Vec<Link>) {
-        if !Rc::make_mut(&mut self.uplinks).set(list, near) {
+    /// `named`: the user names the interfaces, and nothing goes by others.
+    pub fn set_uplinks(&mut self, now: Instant, list: Vec<IpAddr>, near: Vec<Link>, named: bool) {
+        if !Rc::make_mut(&mut self.uplinks).set(list, near, named) {
             return;
         }
         self.move_relays(now);
@@ -243,7 +244,7 @@ mod tests {
 
     fn uplinks(list: &[&str]) -> Uplinks {
         let mut uplinks = Uplinks::default();
-        uplinks.set(addresses(list), vec![Link { address: "192.168.1.2".parse().unwrap(), prefix: 24 }]);
+        uplinks.set(addresses(list), vec![Link { address: "192.168.1.2".parse().unwrap(), prefix: 24 }], false);
         uplinks
     }
 
@@ -264,6 +265,15 @@ mod tests {
     }
 
     #[test]
+    fn one_that_the_user_names_is_used_whatever_the_routes_say() {
+        let mut one = Uplinks::default();
+        one.set(addresses(&["10.0.0.2"]), Vec::new(), true);
+        let way = Way { remote: remote(), local: Some("10.0.0.2".parse().unwrap()) };
+        assert_eq!((one.ways(remote()), one.source(remote().ip())), (vec![way], way.local));
+        assert_eq!(one.ways("[2a0f::9]:5".parse().unwrap()), [], "no way by a family that it has not");
+    }
+
+    #[test]
     fn of_two_each_is_a_way_but_not_to_a_neighbour() {
         let mut two = uplinks(&["192.168.1.2", "10.0.0.2"]);
         let ways = two.ways(remote());
@@ -276,7 +286,7 @@ mod tests {
         assert_eq!(two.preference(neighbour.into()), 0);
 
         // The first is pulled: the second is still named, and the first is no way any more.
-        assert!(two.set(addresses(&["10.0.0.2"]), Vec::new()));
+        assert!(two.set(addresses(&["10.0.0.2"]), Vec::new(), false));
         assert_eq!(two.ways(remote()), ways[1..]);
         assert!(!two.has(ways[0]) && two.has(ways[1]));
     }

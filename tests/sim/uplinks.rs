@@ -31,7 +31,7 @@ fn tell(world: &mut World, host: usize) {
         all.iter().map(|a| Link { address: a.ip(), prefix: if a.is_ipv6() { 64 } else { 24 } }).collect();
     let up = all.iter().map(SocketAddr::ip).filter(|ip| !world.down.contains(ip)).collect();
     let (now, port) = (world.now, all[0].port());
-    world.hosts[host].node.set_uplinks(now, up, links.clone());
+    world.hosts[host].node.set_uplinks(now, up, links.clone(), false);
     world.hosts[host].node.set_links(now, links, port);
 }
 
