@@ -21,7 +21,9 @@
 //!
 //! `tunnel::node::Node` is the root of everything below `src/tunnel/`. quinn-proto sees one virtual address
 //! for each connection (`slot`); the path below it is a relay's flow or an address of the peer (`path`), and
-//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one.
+//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one of the
+//! `candidates`. Where they come from: `survey` (the kernel's lists, by `links`), the relays' PONGs, `portmap` (the
+//! gateway), `predict` (a NAT that counts). A way is a pair of addresses where there are several `uplinks`.
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
 //! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `relay` the
 //! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.

@@ -1,6 +1,7 @@
 //! The tunnel's view of the host's links: which there are, by which one a datagram leaves, beacons on each.
 
 use crate::{
+    config::TunnelConfig,
     netlink::{self, Monitor},
     sys,
     tunnel::survey::{Survey, Uplink},
@@ -25,6 +26,8 @@ const LOOK_GAP: Duration = Duration::from_millis(200);
 pub struct Links {
     /// Names of interfaces; empty: all but those of containers.
     only: Vec<String>,
+    /// Beacons are heard.
+    lan: bool,
     v6: bool,
     port: u16,
     pub survey: Survey,
@@ -39,13 +42,14 @@ pub struct Links {
 
 impl Links {
     #[must_use]
-    pub fn new(only: Vec<String>, socket: &Async<UdpSocket>, v6: bool, port: u16) -> Self {
+    pub fn new(config: &TunnelConfig, socket: &Async<UdpSocket>, v6: bool, port: u16) -> Self {
         if v6 {
             let _ = sys::multicast_stays(socket);
         }
         let monitor = Monitor::of_both_families().map_err(|e| log::warn!(target: "tunnel", "{e:#}")).ok();
         let (survey, bound) = (Survey::default(), Cell::new([0; 2]));
-        Self { only, v6, port, survey, looked: None, stale: true, monitor, bound }
+        let (only, lan) = (config.interfaces.clone(), config.lan);
+        Self { only, lan, v6, port, survey, looked: None, stale: true, monitor, bound }
     }
 
     /// Whether the user names the interfaces.
@@ -87,6 +91,15 @@ impl Links {
             survey.uplinks.retain(|u| u.address.is_ipv4());
             survey.scopes.clear();
         }
+        if self.lan {
+            self.join(&survey, socket);
+        }
+        let changed = survey != self.survey;
+        self.survey = survey;
+        changed
+    }
+
+    fn join(&self, survey: &Survey, socket: &Async<UdpSocket>) {
         // EADDRINUSE: we are a member by another address of the same link already. A group ends with its interface,
         // which may have come back: so each time anew.
         for link in &survey.links {
@@ -97,9 +110,6 @@ impl Links {
         for scope in &survey.scopes {
             let _ = socket.get_ref().join_multicast_v6(&LAN_GROUP6, *scope);
         }
-        let changed = survey != self.survey;
-        self.survey = survey;
-        changed
     }
 
     /// To a destination as the socket's family writes it.

@@ -197,7 +197,7 @@ impl Driver {
         node.remember(remembered);
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
-        let links = Links::new(config.interfaces.clone(), &socket, v6, port);
+        let links = Links::new(config, &socket, v6, port);
         let driver = Self {
             socket,
             udp,

@@ -171,8 +171,8 @@ impl Node {
 
     /// A relay's control frame came by this way.
     pub(super) fn uplink_works(&mut self, now: Instant, way: Way) {
-        if way.local.is_some() && Rc::make_mut(&mut self.uplinks).works(way) {
-            log::info!(target: "tunnel", "relays are asked from {} again", way.local.unwrap_or(way.remote.ip()));
+        if let Some(local) = way.local.filter(|_| Rc::make_mut(&mut self.uplinks).works(way)) {
+            log::info!(target: "tunnel", "relays are asked from {local} again");
             self.move_relays(now);
         }
         if std::mem::take(&mut self.pilot.moved) {

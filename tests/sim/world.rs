@@ -226,7 +226,7 @@ impl World {
     fn leave(&mut self, host: usize, to: SocketAddr, local: Option<IpAddr>) -> Option<SocketAddr> {
         let first = (self.hosts[host].address, self.hosts[host].nats.clone());
         let more = self.uplinks.iter().filter(|u| u.host == host).map(|u| (u.address, u.nats.clone()));
-        let fits = |a: SocketAddr| local.map_or(a.is_ipv6() == to.is_ipv6(), |ip| ip == a.ip());
+        let fits = |a: SocketAddr| local.map_or_else(|| a.is_ipv6() == to.is_ipv6(), |ip| ip == a.ip());
         let (mut source, chain) = std::iter::once(first).chain(more).find(|(a, _)| fits(*a))?;
         if self.down.contains(&source.ip()) {
             return None;
