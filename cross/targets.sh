@@ -11,12 +11,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Not the host's target directory: a cross build then never makes the host's build start again.
 out=$root/target/cross
 
-# describe TARGET: triple, what `readelf -h` must say, qemu-user's name, PIE or not.
+# describe TARGET: triple, what `readelf -h` must say, qemu-user's name, PIE or not (32-bit: zig
+# cannot link a static one).
 describe() {
     pie=
     case $1 in
         x86_64) triple=x86_64-unknown-linux-musl class=ELF64 order=little machine='Advanced Micro Devices X86-64' pie=1 ;;
-        aarch64) triple=aarch64-unknown-linux-musl class=ELF64 order=little machine=AArch64 ;;
+        aarch64) triple=aarch64-unknown-linux-musl class=ELF64 order=little machine=AArch64 pie=1 ;;
         armv7) triple=armv7-unknown-linux-musleabihf class=ELF32 order=little machine=ARM ;;
         arm) triple=arm-unknown-linux-musleabi class=ELF32 order=little machine=ARM ;;
         mips) triple=mips-unknown-linux-musl class=ELF32 order=big machine='MIPS R3000' ;;

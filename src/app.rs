@@ -7,7 +7,7 @@ use crate::{
     admin::{Admin, Socket, Views, resolve},
     ca,
     clock::{BUILT, Clock},
-    config::{Config, StaticService},
+    config::{Config, PodNames, StaticService},
     dns::{
         self, Resolver,
         answer::{Answerer, Outcome, Via},
@@ -278,7 +278,10 @@ impl Wiring<'_> {
     }
 
     fn manifests(&mut self) -> Sources {
-        let manifests = Manifests::new(&self.config.kube.manifests, Rc::clone(&self.table), self.clock);
+        let (files, dns) = (&self.config.kube.manifests, &self.config.dns);
+        let manifests = Manifests::new(files, Rc::clone(&self.table), self.clock)
+            .with_pod_names(dns.enable && dns.endpoint_pod_names)
+            .with_pods(dns.enable && dns.pods == PodNames::Verified);
         let sources = manifests.sources();
         self.tasks.spawn("manifests", manifests.run());
         sources
@@ -286,17 +289,32 @@ impl Wiring<'_> {
 
     /// Also without DNS: the tunnel looks up its relays.
     fn dns(&mut self) -> anyhow::Result<(Resolver, Option<u16>)> {
-        let (cfg, counters, mark) = (&self.config.dns, Rc::clone(&self.counts.dns), self.config.proxy.mark);
+        let Config { dns: cfg, proxy, .. } = self.config;
+        let setup = dns::Setup {
+            counters: Rc::clone(&self.counts.dns),
+            clock: self.clock,
+            mark: proxy.mark,
+            interfaces: proxy.interfaces.clone(),
+        };
         if !cfg.enable {
-            let forwarder = dns::Forwarder::new(cfg, counters, self.clock, mark);
+            let forwarder = dns::Forwarder::new(cfg, &setup);
             let resolver = forwarder.resolver();
             self.tasks.spawn("resolver", forwarder.run());
             return Ok((resolver, None));
         }
-        let server = dns::Server::bind(cfg, self.table.reader(), counters, self.clock, mark)?;
+        let server = dns::Server::bind(cfg, self.table.reader(), self.here(), &setup)?;
         let (resolver, port) = (server.resolver(), server.port());
         self.tasks.spawn("dns", server.run());
         Ok((resolver, Some(port)))
+    }
+
+    fn here(&self) -> Here {
+        Here {
+            node: self.node.as_str().into(),
+            network: checks::network(self.config, self.bundle.as_ref()).into(),
+            zone: self.config.node.zone.as_str().into(),
+            neighbours: BTreeSet::new(),
+        }
     }
 
     fn tunnel(&mut self, resolver: Resolver) -> anyhow::Result<Option<(SocketAddr, tunnel::Handle)>> {
@@ -323,16 +341,11 @@ impl Wiring<'_> {
     }
 
     fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<u16>> {
-        let Config { node, dns, proxy, balancer, .. } = self.config;
+        let Config { dns, proxy, balancer, .. } = self.config;
         if !proxy.enable {
             return Ok(None);
         }
-        let here = Here {
-            node: self.node.as_str().into(),
-            network: checks::network(self.config, self.bundle.as_ref()).into(),
-            zone: node.zone.as_str().into(),
-            neighbours: BTreeSet::new(),
-        };
+        let here = self.here();
         let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
@@ -366,7 +379,8 @@ impl Wiring<'_> {
             return Ok(None);
         }
         let Config { dns, proxy, .. } = self.config;
-        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (dns.listen.port(), port)) };
+        let dns_ports = dns_port.map(|port| (dns.listen.port(), port));
+        let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let rules = Rules::new(proxy, dns.listen.ip(), ports, table, counters, self.clock)?;
         let shared = (rules.undo(), rules.status());

@@ -1,6 +1,7 @@
 //! Final configuration types: past this file there is no `Option` that means "default" and no string
 //! that means an address.
 
+mod dns;
 mod error;
 mod raw;
 mod resolve;
@@ -90,7 +91,10 @@ pub struct KubeConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodNames {
     Disabled,
+    /// Whatever address is in the name, in a namespace that there is.
     Insecure,
+    /// Only those of Pods that are in the table.
+    Verified,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -98,12 +102,30 @@ pub struct DnsConfig {
     pub enable: bool,
     /// Where the responder is reached: weft0's address.
     pub listen: SocketAddr,
+    /// Addresses of this host that are bound as they are, beside it.
+    pub listen_also: Vec<SocketAddr>,
+    /// Namespace and name of a Service whose virtual addresses are answered here.
+    pub take_over: Option<(String, String)>,
     pub domain: String,
+    /// Reverse zones that are ours.
+    pub zones: Vec<String>,
+    /// Names below these that we do not have are asked of the upstreams; "." is all.
+    pub fallthrough: Vec<String>,
     pub ttl: u32,
     pub pods: PodNames,
+    /// Namespaces that are shown; empty: all.
+    pub namespaces: Vec<String>,
+    /// An endpoint without a hostname is called after its Pod.
+    pub endpoint_pod_names: bool,
+    /// A Service with virtual addresses and no ready endpoint is NXDOMAIN.
+    pub empty_is_missing: bool,
     pub upstream: Vec<Upstream>,
+    /// Domains with servers of their own.
+    pub stub: Vec<(String, Vec<SocketAddr>)>,
     /// Entries of the cache of foreign names.
     pub cache: usize,
+    /// Seconds for which a foreign answer is kept at most.
+    pub cache_ttl: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -42,6 +42,7 @@ pub mod config;
 pub mod disk;
 pub mod dns;
 pub mod exec;
+pub mod holder;
 pub mod kube;
 pub mod links;
 pub mod log;
@@ -58,3 +59,10 @@ pub mod sys;
 pub mod table;
 pub mod tasks;
 pub mod tunnel;
+pub mod uplinks;
+
+/// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
+#[cfg(test)]
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    0..if cfg!(target_arch = "x86_64") { count } else { count.div_ceil(10) }
+}

@@ -42,6 +42,8 @@ counters! {
         malformed,
         /// Queries dropped because too many were pending.
         overflow,
+        /// Queries and connections that came by an interface whose clients are not served.
+        refused,
     }
 }
 

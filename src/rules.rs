@@ -265,8 +265,9 @@ impl Rules {
         if setting(&ignored).is_some_and(|v| v != "0") {
             std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
         }
-        let wanted = if self.ports.proxy.is_some() {
-            let (vips, mut avoid) = self.table.read(|t| rules::addresses_of(t, &self.cfg, self.address));
+        let wanted = if self.ports.proxy.is_some() || self.ports.take_over.is_some() {
+            let of = |t: &Table| rules::addresses_of(t, &self.cfg, self.address, &self.ports);
+            let (vips, mut avoid) = self.table.read(of);
             avoid.extend(around.taken);
             cover::cover(&vips, &avoid)
         } else {
@@ -286,7 +287,7 @@ impl Rules {
         let catch = Catch::new(&self.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
-        let desired = self.table.read(|t| Desired::new(t, &self.cfg, self.address, self.ports, catch));
+        let desired = self.table.read(|t| Desired::new(t, &self.cfg, self.address, &self.ports, catch));
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }

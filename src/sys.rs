@@ -139,6 +139,104 @@ pub fn keepalive(fd: &impl AsFd, idle: Duration, every: Duration, count: u8) -> 
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, c_int::from(count))
 }
 
+/// linux/in.h, and linux/in6.h where it is `IPV6_2292PKTOPTIONS`.
+const PKTOPTIONS: [c_int; 2] = [9, 6];
+
+/// Room for one `in6_pktinfo` and others that the kernel may add; aligned as a `cmsghdr` is.
+#[repr(C, align(8))]
+struct Control([u8; 256]);
+
+/// Has a socket tell [`receive_from`] or [`interface_of`] by which interface something came; what it accepts has it too.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn tell_interfaces(fd: &impl AsFd, is_v4: bool) -> io::Result<()> {
+    match is_v4 {
+        true => set_option(fd, libc::SOL_IP, libc::IP_PKTINFO, 1 as c_int),
+        false => set_option(fd, libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, 1 as c_int),
+    }
+}
+
+/// The interface's index in control messages; 0: none says it.
+fn interface_in(message: &libc::msghdr) -> u32 {
+    let mut index = 0;
+    // SAFETY: the kernel has filled the control buffer up to the length in the header, and the macros stay within it;
+    // the data of a message is read unaligned and has the type that its level and kind name.
+    unsafe {
+        let mut next = libc::CMSG_FIRSTHDR(message);
+        while let Some(header) = next.as_ref() {
+            let data = libc::CMSG_DATA(next);
+            match (header.cmsg_level, header.cmsg_type) {
+                (libc::SOL_IP, libc::IP_PKTINFO) => {
+                    index = data.cast::<libc::in_pktinfo>().read_unaligned().ipi_ifindex as u32;
+                }
+                (libc::SOL_IPV6, libc::IPV6_PKTINFO) => {
+                    index = data.cast::<libc::in6_pktinfo>().read_unaligned().ipi6_ifindex as u32;
+                }
+                _ => {}
+            }
+            next = libc::CMSG_NXTHDR(message, next);
+        }
+    }
+    index
+}
+
+/// A datagram's length, where it came from, and by which interface; 0 where the socket does not tell.
+///
+/// # Errors
+/// As recvmsg(2).
+pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr, u32)> {
+    let mut control = Control([0; 256]);
+    // SAFETY: all zeros is a valid value of both.
+    let (mut name, mut message): (libc::sockaddr_storage, libc::msghdr) = unsafe { (mem::zeroed(), mem::zeroed()) };
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    message.msg_name = (&raw mut name).cast();
+    message.msg_namelen = length::<libc::sockaddr_storage>();
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = control.0.len() as _;
+    // SAFETY: every pointer in `message` is to something that lives through the call, with its length beside it.
+    let n = check_size(unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) })?;
+    let from = match c_int::from(name.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: a sockaddr_storage has room and alignment for it, and the family says that it is one.
+            let raw = unsafe { (&raw const name).cast::<libc::sockaddr_in>().read() };
+            SocketAddr::from((Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr)), u16::from_be(raw.sin_port)))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: as above.
+            let raw = unsafe { (&raw const name).cast::<libc::sockaddr_in6>().read() };
+            let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
+            SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into()
+        }
+        _ => return Err(io::ErrorKind::InvalidData.into()),
+    };
+    Ok((n, from, interface_in(&message)))
+}
+
+/// By which interface an accepted connection came; 0 where its listener was not told to tell.
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn interface_of(stream: &TcpStream) -> io::Result<u32> {
+    let mut control = Control([0; 256]);
+    let mut len = control.0.len() as socklen_t;
+    let (level, name) = match stream.local_addr()? {
+        SocketAddr::V4(_) => (libc::SOL_IP, PKTOPTIONS[0]),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, PKTOPTIONS[1]),
+    };
+    // SAFETY: the kernel writes at most `len` bytes into `control`.
+    check(unsafe {
+        libc::getsockopt(stream.as_raw_fd(), level, name, control.0.as_mut_ptr().cast::<c_void>(), &raw mut len)
+    })?;
+    // SAFETY: all zeros is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = len as _;
+    Ok(interface_in(&message))
+}
+
 /// Sets TCP_NODELAY; on a listener its accepted sockets inherit it.
 ///
 /// # Errors
@@ -191,6 +289,10 @@ fn bind_early(kind: c_int, address: &SocketAddr) -> io::Result<OwnedFd> {
     match address {
         SocketAddr::V4(_) => set_option(&fd, libc::SOL_IP, libc::IP_FREEBIND, 1 as c_int)?,
         SocketAddr::V6(_) => set_option(&fd, libc::SOL_IPV6, libc::IPV6_FREEBIND, 1 as c_int)?,
+    }
+    if kind == libc::SOCK_STREAM {
+        // What is left of old connections must not keep a fixed port from us.
+        set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1 as c_int)?;
     }
     // SAFETY: `with_raw` gives a pointer and length that are valid during the call.
     with_raw(address, |raw, len| unsafe { libc::bind(fd.as_raw_fd(), raw, len) })?;
@@ -379,6 +481,30 @@ mod tests {
         let (_client, server) = pair();
         let here = server.local_addr().unwrap();
         assert!(original_dst(&server).map_or(true, |to| to == here));
+    }
+
+    #[test]
+    fn interfaces_are_told_of_both_families_and_transports() {
+        let lo: u32 = std::fs::read_to_string("/sys/class/net/lo/ifindex").unwrap().trim().parse().unwrap();
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let address: SocketAddr = address.parse().unwrap();
+            let Ok(udp) = UdpSocket::bind(address) else {
+                assert!(address.is_ipv6(), "a host without IPv6");
+                continue;
+            };
+            tell_interfaces(&udp, address.is_ipv4()).unwrap();
+            let client = UdpSocket::bind(address).unwrap();
+            client.send_to(b"hello", udp.local_addr().unwrap()).unwrap();
+            let mut buffer = [0; 16];
+            assert_eq!(receive_from(&udp, &mut buffer).unwrap(), (5, client.local_addr().unwrap(), lo));
+            assert_eq!(&buffer[..5], b"hello");
+
+            let listener = tcp_listener(&address).unwrap();
+            listener.set_nonblocking(false).unwrap();
+            tell_interfaces(&listener, address.is_ipv4()).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            assert_eq!(interface_of(&listener.accept().unwrap().0).unwrap(), lo);
+        }
     }
 
     #[test]

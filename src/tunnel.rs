@@ -1,8 +1,12 @@
 //! The tunnel's driver: one UDP socket under the sans-IO [`node::Node`], and the handles and streams by which
 //! the rest of the process uses it.
 
+mod admit;
 mod candidates;
+mod carry;
 mod cid;
+mod congestion;
+mod connect;
 mod control;
 mod dial;
 mod disco;
@@ -32,6 +36,7 @@ mod transport;
 mod uplinks;
 mod view;
 mod ways;
+mod windows;
 
 pub use home::RelaySpec;
 pub use keys::Key;
@@ -44,11 +49,11 @@ pub use streams::Progress;
 
 use crate::{
     clock::Clock,
-    config::TunnelConfig,
-    links::Links,
+    config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
     portmap::Mapper,
     shared::Listener,
+    uplinks::Links,
 };
 use anyhow::{Context as _, bail};
 use futures_lite::{
@@ -187,7 +192,7 @@ impl Driver {
             local,
             name,
             relays,
-            profile: config.profile,
+            profile: profile(config.profile),
             congestion: config.congestion,
             lan: config.lan,
             gso: 1,
@@ -397,12 +402,26 @@ impl Driver {
             let now = self.clock.now();
             for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
                 let way = Way { remote: meta.addr, local: meta.dst_ip };
-                self.shared.node().handle_datagrams(now, way, &mut chunk[..meta.len], meta.stride);
+                let mut node = self.shared.node();
+                node.handle_datagrams(now, way, &mut chunk[..meta.len], meta.stride);
+                node.account(|| self.clock.now());
             }
             if count < RX_BATCH {
                 return;
             }
         }
+    }
+}
+
+/// Below 1 GB of RAM, the container's or the machine's, a node is a router.
+fn profile(wanted: Profile) -> Profile {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let kib = |meminfo: &str| meminfo.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok();
+    let limit = read("/sys/fs/cgroup/memory.max").trim().parse::<u64>().map_or(u64::MAX, |bytes| bytes >> 10);
+    match wanted {
+        Profile::Auto if kib(&read("/proc/meminfo")).unwrap_or(0).min(limit) >= 1 << 20 => Profile::Server,
+        Profile::Auto | Profile::Router => Profile::Router,
+        Profile::Server => Profile::Server,
     }
 }
 

@@ -1,12 +1,12 @@
 //! Text -> final types: the defaults, with what the file says put in their places.
 
 use super::{
-    AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, PodNames,
-    Policy, Profile, ProxyConfig, RelayConfig, TunnelConfig, Upstream,
-    raw::{Number, RawConfig, RawDns, RawNode, RawProxy, RawTunnel},
+    AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
+    Profile, ProxyConfig, RelayConfig, TunnelConfig,
+    raw::{Number, RawConfig, RawNode, RawProxy, RawTunnel},
     service,
 };
-use crate::tunnel::identity::{NAME_MAX, network_name, node_name};
+use crate::tunnel::identity::{network_name, node_name};
 use log::LevelFilter;
 use std::{
     fmt::Debug,
@@ -15,8 +15,6 @@ use std::{
 };
 use toml::Spanned;
 
-/// EdgeMesh's address for its DNS, so that an edgecore's `clusterDNS` needs no change.
-const DNS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)), 53);
 const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 7843);
 
 /// Bit 5. Taken are 8–13 (OpenWrt mwan3's 0x3F00; 13 by the CNI portmap plugin too), 14 and 15 (kube-proxy), 16–23
@@ -25,10 +23,6 @@ const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFI
 /// github.com/fwmark/registry, and each project's own default.
 const MARK: u32 = 1 << 5;
 
-/// CoreDNS's bound for its `ttl`.
-const TTL_MAX: u32 = 3_600;
-/// An entry of the cache takes up to ~1 kB, and routers have 64 MB.
-const CACHE_MAX: usize = 65_536;
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
 /// Linux: IFNAMSIZ is 16 with its NUL.
@@ -48,15 +42,7 @@ impl Default for Config {
                 log: LevelFilter::Info,
             },
             kube: KubeConfig { manifests: Vec::new() },
-            dns: DnsConfig {
-                enable: true,
-                listen: DNS_LISTEN,
-                domain: "cluster.local".into(),
-                ttl: 30,
-                pods: PodNames::Insecure,
-                upstream: vec![Upstream::ResolvConf("/etc/resolv.conf".into())],
-                cache: 1_024,
-            },
+            dns: DnsConfig::default(),
             proxy: ProxyConfig {
                 enable: true,
                 backend: Backend::Auto,
@@ -146,7 +132,7 @@ impl Put<'_> {
         Ok(())
     }
 
-    fn list<T>(
+    pub(super) fn list<T>(
         &self,
         slot: &mut Vec<T>,
         key: &str,
@@ -162,7 +148,7 @@ impl Put<'_> {
         Ok(())
     }
 
-    fn choice<T: Copy>(
+    pub(super) fn choice<T: Copy>(
         &self,
         slot: &mut T,
         key: &str,
@@ -173,7 +159,7 @@ impl Put<'_> {
         self.value(slot, key, raw, &expected, |s| choices.iter().find(|(name, _)| name == s).map(|(_, v)| *v))
     }
 
-    fn number<T>(
+    pub(super) fn number<T>(
         &self,
         slot: &mut T,
         key: &str,
@@ -189,7 +175,7 @@ impl Put<'_> {
         })
     }
 
-    fn flag(&self, slot: &mut bool, raw: Option<bool>) {
+    pub(super) fn flag(&self, slot: &mut bool, raw: Option<bool>) {
         *slot = raw.unwrap_or(*slot);
     }
 
@@ -216,32 +202,6 @@ impl Put<'_> {
                 ("trace", LevelFilter::Trace),
             ],
         )
-    }
-
-    fn dns(&self, c: &mut DnsConfig, raw: RawDns) -> Result<(), ConfigError> {
-        self.flag(&mut c.enable, raw.enable);
-        let listen = "an address of weft0 and a port, such as 169.254.96.16:53";
-        self.value(&mut c.listen, "dns.listen", raw.listen, listen, |s| {
-            s.parse().ok().filter(|a: &SocketAddr| a.port() != 0 && may_be_dialled(a.ip()) && !a.ip().is_loopback())
-        })?;
-        let domain = "a domain such as cluster.local";
-        self.value(&mut c.domain, "dns.domain", raw.domain, domain, |s| {
-            let bare = s.strip_suffix('.').unwrap_or(s).to_ascii_lowercase();
-            // Names below it, such as a Service's, need room too.
-            node_name(&bare).filter(|d| d.len() < NAME_MAX - 128).map(Into::into)
-        })?;
-        self.number(&mut c.ttl, "dns.ttl", raw.ttl, 0..=TTL_MAX as usize)?;
-        let pods = [("disabled", PodNames::Disabled), ("insecure", PodNames::Insecure)];
-        self.choice(&mut c.pods, "dns.pods", raw.pods, &pods)?;
-        let upstream = "a server's address, such as 192.0.2.1 or 192.0.2.1:53, or the path of a resolv.conf";
-        self.list(&mut c.upstream, "dns.upstream", raw.upstream, upstream, |s| {
-            if s.starts_with('/') {
-                return Some(Upstream::ResolvConf(s.into()));
-            }
-            let server = s.parse().or_else(|_| s.parse().map(|ip| SocketAddr::new(ip, 53))).ok()?;
-            (server.port() != 0 && may_be_dialled(server.ip())).then_some(Upstream::Server(server))
-        })?;
-        self.number(&mut c.cache, "dns.cache", raw.cache, 0..=CACHE_MAX)
     }
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {

@@ -15,6 +15,7 @@ pub const KEEP: &[&str] = &[
     "clusterIP",
     "clusterIPs",
     "conditions",
+    "deletionTimestamp",
     "endpoints",
     "externalIPs",
     "externalName",
@@ -34,6 +35,9 @@ pub const KEEP: &[&str] = &[
     "nodeName",
     "nodePort",
     "notReadyAddresses",
+    "phase",
+    "podIP",
+    "podIPs",
     "port",
     "ports",
     "protocol",
@@ -253,6 +257,32 @@ pub struct Node {
 #[derive(Debug, Default, DeJson)]
 pub struct NodeStatus {
     pub addresses: Option<Vec<NodeAddress>>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct Pod {
+    pub metadata: Option<PodMeta>,
+    pub status: Option<PodStatus>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodMeta {
+    #[nserde(rename = "deletionTimestamp")]
+    pub deleted: Option<String>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodStatus {
+    pub phase: Option<String>,
+    #[nserde(rename = "podIP")]
+    pub ip: Option<String>,
+    #[nserde(rename = "podIPs")]
+    pub ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodIp {
+    pub ip: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]

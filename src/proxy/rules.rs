@@ -5,7 +5,7 @@ use crate::{
     config::ProxyConfig,
     table::{
         Table,
-        model::{Protocol, Service, ServiceKind},
+        model::{Protocol, Service, ServiceKind, ServicePort},
     },
 };
 use std::{
@@ -23,13 +23,25 @@ const REDIRECTS_MOST: usize = 10_000;
 /// Linux: IFNAMSIZ, less the final zero.
 const NAME_MOST: usize = 15;
 
+/// The port of DNS: resolv.conf(5) has no way to say another.
+const DNS: u16 = 53;
+
 /// Where our parts listen, on weft0's address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ports {
     /// None: the proxy is off.
     pub proxy: Option<u16>,
     /// What clients ask and where the responder listens; None: DNS is off.
     pub dns: Option<(u16, u16)>,
+    /// Namespace and name of the Service whose virtual addresses our DNS answers.
+    pub take_over: Option<(String, String)>,
+}
+
+impl Ports {
+    fn taken<'t>(&self, table: &'t Table) -> Option<&'t Service> {
+        let (namespace, name) = self.take_over.as_ref().filter(|_| self.dns.is_some())?;
+        table.service(namespace, name)
+    }
 }
 
 /// Whose packets are caught on their way in; the host's own always are.
@@ -112,8 +124,16 @@ fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
 
 impl Desired {
     #[must_use]
-    pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: Ports, catch: Catch) -> Self {
+    pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: &Ports, catch: Catch) -> Self {
         let mut rules: BTreeMap<(Ipv4Addr, u16, Protocol), Action> = BTreeMap::new();
+        if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
+            let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
+            for port in service.ports.iter().filter(asked) {
+                for ip in addresses(service, false, address) {
+                    rules.insert((ip, port.number, port.protocol), Action::Redirect(listening));
+                }
+            }
+        }
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
                 for port in &service.ports {
@@ -155,8 +175,15 @@ impl Desired {
 
 /// The addresses that need a route, and those of the cluster that our routes must keep clear of.
 #[must_use]
-pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr) -> (BTreeSet<Ipv4Addr>, Vec<Prefix>) {
-    let vips: BTreeSet<_> = proxied(table).flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
+pub fn addresses_of(
+    table: &Table,
+    cfg: &ProxyConfig,
+    own: Ipv4Addr,
+    ports: &Ports,
+) -> (BTreeSet<Ipv4Addr>, Vec<Prefix>) {
+    let proxied = proxied(table).filter(|_| ports.proxy.is_some());
+    let mut vips: BTreeSet<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
+    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own)));
     let nodes = table.nodes().flat_map(|n| &n.addresses);
     let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| &e.address);
     let taken = nodes.chain(endpoints).filter_map(|ip| match ip {
@@ -176,7 +203,7 @@ mod tests {
     };
 
     const OWN: Ipv4Addr = Ipv4Addr::new(169, 254, 96, 16);
-    const PORTS: Ports = Ports { proxy: Some(4000), dns: Some((53, 5300)) };
+    const PORTS: Ports = Ports { proxy: Some(4000), dns: Some((53, 5300)), take_over: None };
 
     fn cfg() -> ProxyConfig {
         ProxyConfig {
@@ -223,7 +250,11 @@ mod tests {
     }
 
     fn rules(table: &Table, cfg: &ProxyConfig) -> Vec<(String, u16, Protocol, Action)> {
-        let desired = Desired::new(table, cfg, OWN, PORTS, Catch::AllBut(vec![]));
+        rules_with(table, cfg, &PORTS)
+    }
+
+    fn rules_with(table: &Table, cfg: &ProxyConfig, ports: &Ports) -> Vec<(String, u16, Protocol, Action)> {
+        let desired = Desired::new(table, cfg, OWN, ports, Catch::AllBut(vec![]));
         desired.rules.iter().map(|r| (r.address.to_string(), r.port, r.protocol, r.action)).collect()
     }
 
@@ -248,7 +279,7 @@ mod tests {
             ("10.96.0.4".into(), 80, Protocol::Udp, Action::Refuse),
         ]);
         assert_eq!(rules(&table, &cfg()), want);
-        let (vips, avoid) = addresses_of(&table, &cfg(), OWN);
+        let (vips, avoid) = addresses_of(&table, &cfg(), OWN, &PORTS);
         assert_eq!(vips.len(), 5);
         assert!(avoid.contains(&Prefix::host("10.1.0.9".parse().unwrap())));
     }
@@ -259,6 +290,29 @@ mod tests {
             let mut table = Table::default();
             add(&mut table, "evil", bad, Protocol::Tcp, true, |_| ());
             assert_eq!(rules(&table, &cfg()), dns(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_address_of_a_dns_that_is_taken_over_is_answered_here_whoever_serves_it() {
+        let port = |number, protocol| ServicePort { name: "".into(), number, protocol, node_port: 0 };
+        for (ready, other) in [(true, Action::Redirect(4000)), (false, Action::Refuse)] {
+            let mut table = Table::default();
+            add(&mut table, "kube-dns", "10.96.0.10", Protocol::Tcp, ready, |s| {
+                s.ports = vec![port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)];
+            });
+            let mut ports = Ports { take_over: Some(("default".into(), "kube-dns".into())), ..PORTS };
+            let ours = |protocol| ("10.96.0.10".into(), 53, protocol, Action::Redirect(5300));
+            let mut want = dns();
+            want.extend([ours(Protocol::Tcp), ours(Protocol::Udp), ("10.96.0.10".into(), 9153, Protocol::Tcp, other)]);
+            assert_eq!(rules_with(&table, &cfg(), &ports), want);
+            ports.proxy = None;
+            want.pop();
+            assert_eq!(rules_with(&table, &cfg(), &ports), want);
+            let vip = "10.96.0.10".parse().unwrap();
+            assert_eq!(addresses_of(&table, &cfg(), OWN, &ports).0, BTreeSet::from([vip]));
+            ports.dns = None;
+            assert!(rules_with(&table, &cfg(), &ports).is_empty());
         }
     }
 

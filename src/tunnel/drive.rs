@@ -5,6 +5,8 @@ use super::{
     node::{Node, Output},
     path::{Path, Way},
     relay::Relay,
+    transport::RTT_FIRST,
+    windows::Change,
 };
 use crate::metrics::add;
 use std::time::Instant;
@@ -66,9 +68,32 @@ impl Node {
                 return Some(self.sent(to, segment, buf.len()));
             }
         }
+        self.measure(now, index);
         let slot = self.slots.get_mut(index)?;
         slot.timeout = slot.conn.poll_timeout();
         None
+    }
+
+    /// The connection's windows follow what its path needs.
+    fn measure(&mut self, now: Instant, index: u32) {
+        let Some(slot) = self.slots.get_mut(index).filter(|s| s.peer.is_some() && s.windows.due(now)) else { return };
+        let rtt = slot.conn.rtt();
+        if rtt != RTT_FIRST {
+            let blocks = slot.conn.stats().frame_rx.data_blocked;
+            let change = slot.windows.measure(now, rtt, blocks, slot.streams.len(), &mut self.budget);
+            self.resize(index, change);
+        }
+    }
+
+    pub(super) fn resize(&mut self, index: u32, change: Change) {
+        let Some(slot) = self.slots.get_mut(index).filter(|_| change != Change::default()) else { return };
+        if let Some(size) = change.receive {
+            slot.conn.set_receive_window(size.into());
+        }
+        if let Some(size) = change.send {
+            slot.conn.set_send_window(size.into());
+        }
+        self.touch(index);
     }
 
     /// None where the slot is gone.
@@ -84,6 +109,7 @@ impl Node {
             if drained {
                 self.by_handle.remove(&slot.handle);
                 if let Some(slot) = self.slots.remove(index) {
+                    slot.windows.close(&mut self.budget);
                     self.kill_streams(slot.streams.into_values(), "the connection was lost");
                 }
                 return None;
@@ -107,6 +133,9 @@ impl Node {
                 let transmit = slot.conn.poll_transmit(now, self.gso, &mut self.scratch)?;
                 let whole = self.scratch.get(..transmit.size).unwrap_or(&self.scratch);
                 let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
+                if slot.peer.is_some() {
+                    slot.remember(whole, size); // should the relay fall silent
+                }
                 let up = whole.chunks(size).all(|datagram| self.homes.wrap(relay, now, flow, datagram, buf));
                 let address = self.homes.get(relay).and_then(|h| h.address).filter(|_| up);
                 (address.map(Way::from), transmit.segment_size.map(|s| s + DATA_HEADER))

@@ -16,16 +16,16 @@ use std::{
 pub(super) const PEERS_MAX: usize = 1000;
 /// The dialler says after this that nobody answered, and what waits for it fails.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
-/// Between questions to the relays for a flow: a lost packet costs so much.
-pub(super) const ASK_AGAIN: Duration = Duration::from_millis(400);
 
 /// A search for a flow to a peer.
 pub(super) struct Want {
-    pub(super) request: u32,
     pub(super) since: Instant,
     pub(super) next_ask: Instant,
+    pub(super) asked: usize,
     /// Relays that do not know the name.
     pub(super) unknown_at: Vec<usize>,
+    /// A relay said at which others it is.
+    pub(super) told: bool,
 }
 
 pub(super) struct Peer {
@@ -43,6 +43,10 @@ pub(super) struct Peer {
     /// Of the peer's NAT, as it says.
     pub(super) mapping: Mapping,
     pub(super) want: Option<Want>,
+    /// By it relays answer to our questions for a flow; 0 before the first.
+    pub(super) request: u32,
+    /// When something last came by the relay that carries it.
+    pub(super) relay_heard: Instant,
     /// Our keys of streams that wait for a connection.
     pub(super) waiting: VecDeque<u32>,
     pub(super) note: String,
@@ -63,6 +67,8 @@ impl Peer {
             disco: None,
             mapping: Mapping::Unknown,
             want: None,
+            request: 0,
+            relay_heard: now,
             waiting: VecDeque::new(),
             note: String::new(),
             tx_bytes: 0,
@@ -72,6 +78,7 @@ impl Peer {
 
     /// The path by the relay, or that it is gone.
     pub(super) fn set_relay(&mut self, now: Instant, path: Option<Path>) {
+        self.relay_heard = now;
         if self.paths.set_relay(path) {
             self.path_since = now;
         }
@@ -151,6 +158,11 @@ impl Peers {
 
     pub(super) fn of_flow(&self, relay: usize, flow: u32) -> Option<&str> {
         self.by_flow.get(&(relay, flow)).map(String::as_str)
+    }
+
+    /// All flows that are known to lead there: (relay, flow), one for a relay.
+    pub(super) fn flows_to(&self, name: &str) -> impl Iterator<Item = (usize, u32)> {
+        self.by_flow.iter().filter(move |(_, n)| *n == name).map(|(at, _)| *at)
     }
 
     pub(super) fn unbind_flow(&mut self, relay: usize, flow: u32) {

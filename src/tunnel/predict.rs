@@ -59,13 +59,16 @@ impl Ports {
         }
     }
 
-    /// The last two views, where their ports follow each other.
+    /// The last two views, where ports follow each other; twice the last, where it does not follow the one before.
     fn pair(&self) -> Option<[(i64, SocketAddr); 2]> {
-        let mut last = self.seen.iter().rev().map(|(number, at)| (*number, *at));
-        let (two, one) = (last.next()?, last.next()?);
-        let (ports, numbers) = (i64::from(two.1.port()) - i64::from(one.1.port()), two.0 - one.0);
-        let follows = one.1.ip() == two.1.ip() && ports != 0 && ports.abs() <= numbers + i64::from(AHEAD);
-        follows.then_some([one, two])
+        let all: Vec<(i64, SocketAddr)> = self.seen.iter().map(|(number, at)| (*number, *at)).collect();
+        let follows = |w: &[(i64, SocketAddr)]| {
+            let (ports, numbers) = (i64::from(w[1].1.port()) - i64::from(w[0].1.port()), w[1].0 - w[0].0);
+            w[0].1.ip() == w[1].1.ip() && ports != 0 && ports.abs() <= numbers + i64::from(AHEAD)
+        };
+        all.windows(2).any(follows).then_some(())?;
+        let last = all.windows(2).next_back()?;
+        Some(if follows(last) { [last[0], last[1]] } else { [last[1]; 2] })
     }
 
     pub(super) fn sequential(&self) -> bool {

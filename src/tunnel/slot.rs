@@ -1,10 +1,11 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::path::Path;
+use super::{congestion::OnLink, path::Path, windows::Windows};
 use quinn_proto::{Connection, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
+    sync::atomic::Ordering,
     time::Instant,
 };
 
@@ -19,7 +20,7 @@ const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
 const VIRTUAL_PORT: u16 = 7843;
 
-/// The one address under which quinn knows a peer, whatever path its packets take.
+/// The address under which quinn knows a peer that we dial.
 pub(super) fn virtual_address(slot: u32) -> SocketAddr {
     let [a, b, c] = VIRTUAL;
     let [high, low] = [(slot >> 16) as u16, slot as u16];
@@ -42,6 +43,8 @@ pub(super) enum Role {
 pub(super) struct Slot {
     pub(super) handle: ConnectionHandle,
     pub(super) conn: Connection,
+    /// Under which quinn knows the peer, whatever its path.
+    pub(super) remote: SocketAddr,
     pub(super) role: Role,
     pub(super) path: Path,
     /// The DCID of the Initial that we accepted: the client's first flight may come again.
@@ -63,9 +66,20 @@ pub(super) struct Slot {
     pub(super) also: Option<Path>,
     /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
     pub(super) recent: VecDeque<Vec<u8>>,
+    pub(super) windows: Windows,
+    pub(super) on_link: OnLink,
 }
 
 impl Slot {
+    /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
+    pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
+        (self.path, self.also) = (path, None);
+        self.on_link.store(on_link, Ordering::Relaxed);
+        self.windows.path_changed();
+        self.conn.path_changed(now);
+        self.conn.ping();
+    }
+
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {
         let skip = datagrams.len().div_ceil(segment).saturating_sub(RECENT_MAX);
         for datagram in datagrams.chunks(segment).skip(skip) {
@@ -126,8 +140,8 @@ impl Slots {
         self.list.iter_mut().enumerate().filter_map(|(at, slot)| Some((at as u32 + 1, slot.as_deref_mut()?)))
     }
 
-    /// Connections whose handshake is not confirmed.
-    pub(super) fn half_open(&self) -> usize {
-        self.iter().filter(|(_, s)| s.role == Role::Accepted && s.conn.is_handshaking()).count()
+    /// Connections of others whose handshake is not confirmed.
+    pub(super) fn half_open(&self) -> impl Iterator<Item = &Slot> {
+        self.iter().map(|(_, s)| s).filter(|s| s.role == Role::Accepted && s.conn.is_handshaking())
     }
 }

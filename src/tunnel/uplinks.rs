@@ -162,7 +162,7 @@ impl Node {
 
     /// The relays are to see at once where we are.
     fn move_relays(&mut self, now: Instant) {
-        self.homes.moved(now);
+        self.homes.relocated(now);
         let mut seen = std::mem::take(&mut self.pilot.seen);
         seen.retain(|local, _| self.uplinks.list.contains(local));
         self.pilot = Pilot { asked: None, turned: Some(now), next_try: Some(now), moved: true, seen };

@@ -64,7 +64,8 @@ impl Node {
 
     /// A NAT's mapping behaviour, as far as the relays can tell.
     pub(super) fn mapping(&self) -> Mapping {
-        let mut seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        let mut seen: Vec<SocketAddr> =
+            (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed).collect();
         if seen.iter().any(SocketAddr::is_ipv4) {
             seen.retain(SocketAddr::is_ipv4); // one view of each family tells nothing
         }
@@ -78,9 +79,14 @@ impl Node {
         }
     }
 
+    /// What a relay's word may change of what peers are told.
+    pub(super) fn seen_by(&self, relay: usize) -> (Option<SocketAddr>, Mapping) {
+        (self.homes.shown(relay).and_then(|shown| shown.observed), self.mapping())
+    }
+
     /// Where a peer may reach us, what is likelier first.
     fn candidates(&self, now: Instant, peer: &Peer) -> Vec<SocketAddr> {
-        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
+        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed);
         let mut all: Vec<SocketAddr> =
             seen.chain(self.pilot.seen()).chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
         // Only to who has one mapping himself: else both would guess.
@@ -175,7 +181,7 @@ impl Node {
     fn note_relays(&mut self, now: Instant) {
         for relay in 0..self.homes.len() {
             let at = self.homes.get(relay).and_then(|h| h.address);
-            if let (Some(at), Some(seen)) = (at, self.homes.view(relay).3)
+            if let (Some(at), Some(seen)) = (at, self.homes.observed(relay))
                 && self.behind_nat(at.into())
             {
                 self.reach.ports.seen(now, at, seen);
@@ -183,7 +189,7 @@ impl Node {
         }
     }
 
-    fn slots_of(&self, name: &str) -> Vec<u32> {
+    pub(super) fn slots_of(&self, name: &str) -> Vec<u32> {
         self.slots.iter().filter(|(_, s)| !s.lost && s.peer.as_deref() == Some(name)).map(|(index, _)| index).collect()
     }
 
@@ -194,11 +200,10 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(name) {
             peer.path_since = now;
         }
+        let on_link = self.on_link(path);
         for index in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(index) {
-                (slot.path, slot.also) = (path, None);
-                slot.conn.path_changed(now);
-                slot.conn.ping();
+                slot.move_to(now, path, on_link);
                 self.touch(index);
             }
         }

@@ -115,7 +115,11 @@ fn main() {
         let reader = table.reader();
         let proxy = Proxy::bind(&cfg, listen, here, balancer, reader, None, counters.clone(), clock).unwrap();
         let dns = Async::new(sys::udp_socket(&SocketAddr::new(listen, 0)).unwrap()).unwrap();
-        let ports = Ports { proxy: Some(proxy.port()), dns: Some((53, dns.get_ref().local_addr().unwrap().port())) };
+        let ports = Ports {
+            proxy: Some(proxy.port()),
+            dns: Some((53, dns.get_ref().local_addr().unwrap().port())),
+            ..Ports::default()
+        };
         println!("port {}", proxy.port());
         let rules = Rules::new(&cfg, listen, ports, table.reader(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());

@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, unreachable_pub)]
 
 mod direct;
+mod line;
 mod nat;
 mod pair;
+mod rates;
 mod recall;
 mod relayed;
+mod strangers;
 mod uplinks;
 mod world;
 

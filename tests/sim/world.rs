@@ -1,6 +1,9 @@
 //! A small world: nodes, a network with delay, loss and duplication, one virtual clock, one seed.
 
-use crate::nat::{Kind, Nat};
+use crate::{
+    line::Line,
+    nat::{Kind, Nat},
+};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
@@ -79,6 +82,8 @@ pub struct World {
     pub down: BTreeSet<IpAddr>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
+    /// What all datagrams pass, in order; None: each takes its own time.
+    pub line: Option<Line>,
     /// Keeps a copy of all datagrams.
     pub record: bool,
     pub recorded: Vec<(SocketAddr, SocketAddr, Vec<u8>)>,
@@ -108,6 +113,7 @@ impl World {
             uplinks: Vec::new(),
             down: BTreeSet::new(),
             blocked: Vec::new(),
+            line: None,
             record: false,
             recorded: Vec::new(),
             sent: BTreeMap::new(),
@@ -272,6 +278,13 @@ impl World {
             self.recorded.push((from, to, bytes.clone()));
         }
         if self.rng.f64() < self.loss {
+            return;
+        }
+        if let Some(line) = &mut self.line {
+            if let Some(queued) = line.carry(self.now, from, to, bytes.len()) {
+                self.serial += 1;
+                self.flying.push(Reverse((self.now + queued + self.delay, self.serial, from, to, bytes)));
+            }
             return;
         }
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);

@@ -33,6 +33,7 @@ fn contents(table: &Table) -> (Vec<(Source, Object)>, Vec<Source>) {
         all.extend(record.slices.iter().map(|e| (e.source, Object::Slice(e.value.clone()))));
     }
     all.extend(table.nodes.values().flatten().map(|e| (e.source, Object::Node(e.value.clone()))));
+    all.extend(table.pods.entries().map(|e| (e.source, Object::Pod(e.value.clone()))));
     all.retain(|(source, _)| *source != Source::Config);
     all.sort_by_key(|(source, object)| (*source, object.id()));
     let complete = table.lists.iter().filter(|(s, l)| **s != Source::Config && l.complete()).map(|(s, _)| *s);
@@ -41,7 +42,7 @@ fn contents(table: &Table) -> (Vec<(Source, Object)>, Vec<Source>) {
 
 #[test]
 fn random_tables_come_back_as_they_were() {
-    for seed in 0..300 {
+    for seed in crate::seeds(300) {
         let mut world = World(fastrand::Rng::with_seed(seed));
         let most = if seed % 50 == 0 { 2_000 } else { 40 };
         let (table, count) = (world.table(most), world.0.usize(..5));

@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use std::cell::OnceCell;
 use weft::{
-    config::{DnsConfig, PodNames},
+    config::DnsConfig,
     dns::{
         fuzz,
         wire::{Header, Records},
@@ -45,15 +45,7 @@ fn world() -> (Table, Zone) {
     let text = include_bytes!("../../it/fixtures/kube/cluster.json");
     Reading::default().feed(text, &mut sink).unwrap();
     assert!(sink.0.services().count() > 3);
-    let config = DnsConfig {
-        enable: true,
-        listen: ([127, 0, 0, 1], 53).into(),
-        domain: "cluster.local".into(),
-        ttl: 30,
-        pods: PodNames::Insecure,
-        upstream: Vec::new(),
-        cache: 64,
-    };
+    let config = DnsConfig { upstream: Vec::new(), ..DnsConfig::default() };
     (sink.0, Zone::new(&config, 1).unwrap())
 }
 

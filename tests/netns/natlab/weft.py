@@ -191,7 +191,7 @@ class Agent:
     def serving(self, relays=1):
         """Registered, and clients are caught by the rules: before that a SYN may be lost, which costs a second."""
         status = self.tell("status") or {}
-        rules = any(p["name"] == "rules" and p["on"] for p in status.get("parts", []))
+        rules = any(p["name"] == "rules" and p["on"] and p["note"] != "none yet" for p in status.get("parts", []))
         return rules and sum(bool(r.get("registered")) for r in status["relays"]) >= relays
 
     def forget(self):
