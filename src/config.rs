@@ -138,6 +138,7 @@ pub enum Upstream {
 pub enum Backend {
     Auto,
     Iptables,
+    Nft,
 }
 
 #[derive(Clone, Debug, PartialEq)]

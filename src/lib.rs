@@ -39,15 +39,18 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod conntrack;
 pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod holder;
+pub mod iptables;
 pub mod kube;
 pub mod links;
 pub mod log;
 pub mod metrics;
 pub mod netlink;
+pub mod nft;
 pub mod portmap;
 pub mod proxy;
 pub mod pump;
@@ -59,6 +62,7 @@ pub mod sys;
 pub mod table;
 pub mod tasks;
 pub mod tunnel;
+pub mod udp;
 pub mod uplinks;
 
 /// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.

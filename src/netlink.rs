@@ -4,7 +4,7 @@
 use crate::{
     proxy::{
         cover::Prefix,
-        link::{self, Answer, DeviceKind, Link},
+        link::{self, Answer, DeviceKind, Link, Raw},
         rules::DEVICE,
     },
     sys::{self, Family},
@@ -36,44 +36,49 @@ const DEFAULT_LIKE: u8 = 1;
 /// What our device says of itself.
 const ALIAS: &str = "weft: services of the cluster; `weft cleanup` removes it";
 
-struct Socket {
+/// A socket for questions to the kernel, one at a time.
+#[derive(Debug)]
+pub(crate) struct Socket {
     fd: OwnedFd,
     seq: u32,
     buffer: Vec<u8>,
 }
 
 impl Socket {
-    fn open(family: Family) -> Result<Self> {
+    pub(crate) fn open(family: Family) -> Result<Self> {
         let fd = sys::netlink(family, 0, PATIENCE).context("netlink is not available")?;
         Ok(Self { fd, seq: 0, buffer: vec![0; DATAGRAM] })
     }
 
-    /// Sends the request that `make` builds and hands over what is answered until the end.
-    fn ask(&mut self, make: impl FnOnce(u32) -> Vec<u8>, mut take: impl FnMut(Answer)) -> io::Result<()> {
+    /// Sends what `make` builds and hands over what is answered until the end.
+    pub(crate) fn exchange(
+        &mut self,
+        make: impl FnOnce(u32) -> Vec<u8>,
+        take: &mut dyn FnMut(&Raw<'_>),
+    ) -> io::Result<()> {
         self.seq = self.seq.wrapping_add(1);
-        sys::send(&self.fd, &make(self.seq))?;
+        let request = make(self.seq);
+        sys::room_to_send(&self.fd, request.len())?;
+        sys::send(&self.fd, &request)?;
         for _ in 0..DATAGRAMS {
             let datagram = match sys::receive(&self.fd, &mut self.buffer, true) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
                 other => other?,
             };
-            for (seq, answer) in link::answers(datagram) {
-                match answer {
-                    _ if seq != self.seq => {}
-                    Answer::Done => return Ok(()),
-                    Answer::Failed(code) => return Err(io::Error::from_raw_os_error(code)),
-                    Answer::Link(_)
-                    | Answer::Address(_)
-                    | Answer::Address6(_)
-                    | Answer::Route(_)
-                    | Answer::Route6(_)
-                    | Answer::TableUse(_)
-                    | Answer::Other => take(answer),
+            for raw in link::messages(datagram).filter(|raw| raw.seq == self.seq) {
+                match raw.end() {
+                    Some(Answer::Done) => return Ok(()),
+                    Some(Answer::Failed(code)) => return Err(io::Error::from_raw_os_error(code)),
+                    Some(_) | None => take(&raw),
                 }
             }
         }
         Err(io::Error::other("the kernel's list is too long"))
+    }
+
+    fn ask(&mut self, make: impl FnOnce(u32) -> Vec<u8>, mut take: impl FnMut(Answer)) -> io::Result<()> {
+        self.exchange(make, &mut |raw| take(raw.answer()))
     }
 
     fn tell(&mut self, make: impl FnOnce(u32) -> Vec<u8>) -> io::Result<()> {

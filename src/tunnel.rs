@@ -34,6 +34,8 @@ mod streams;
 pub mod survey;
 mod transport;
 mod uplinks;
+#[cfg(test)]
+mod vectors;
 mod view;
 mod ways;
 mod windows;

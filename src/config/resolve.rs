@@ -206,7 +206,7 @@ impl Put<'_> {
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
-        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
         self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);

@@ -21,6 +21,7 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_NONREC: u16 = 0x100;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_EXCL: u16 = 0x200;
@@ -452,32 +453,64 @@ fn hops(mut bytes: &[u8], devices: &mut Vec<u32>, gateways: &mut Vec<Ipv4Addr>) 
     }
 }
 
-/// The messages of one datagram, with their sequence numbers. Ends at the first that does not fit.
-pub fn answers(mut bytes: &[u8]) -> impl Iterator<Item = (u32, Answer)> {
-    std::iter::from_fn(move || {
-        let len = usize::try_from(u32_of(bytes)?).ok()?;
-        let (kind, seq) = (u16_of(bytes.get(4..)?)?, u32_of(bytes.get(8..)?)?);
-        let body = bytes.get(HEADER..len)?;
-        bytes = bytes.get(aligned(len)..).unwrap_or_default();
-        let table = nft(0); // NFT_MSG_NEWTABLE
-        let answer = match kind {
+/// One message of the kernel, undecoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Raw<'b> {
+    pub seq: u32,
+    pub kind: u16,
+    /// NLM_F_DUMP_INTR: something changed within a list, which is then not of one moment.
+    pub interrupted: bool,
+    pub body: &'b [u8],
+}
+
+impl Raw<'_> {
+    /// The end of a dump, success or an error; None: a message of some kind.
+    #[must_use]
+    pub fn end(&self) -> Option<Answer> {
+        match self.kind {
             NLMSG_DONE => Some(Answer::Done),
-            NLMSG_ERROR => u32_of(body).map(|code| match code.cast_signed() {
+            NLMSG_ERROR => Some(u32_of(self.body).map_or(Answer::Other, |code| match code.cast_signed() {
                 0 => Answer::Done,
                 code => Answer::Failed(code.wrapping_neg()),
-            }),
+            })),
+            _ => None,
+        }
+    }
+
+    #[must_use]
+    pub fn answer(&self) -> Answer {
+        let body = self.body;
+        let table = nft(0); // NFT_MSG_NEWTABLE
+        let decoded = match self.kind {
             RTM_NEWLINK => link(body).map(Answer::Link),
             RTM_NEWADDR if body.first() == Some(&AF_INET6) => address6_of(body).map(Answer::Address6),
             RTM_NEWROUTE if body.first() == Some(&AF_INET6) => route6_of(body).map(Answer::Route6),
             RTM_NEWADDR => address_of(body).map(Answer::Address),
             RTM_NEWROUTE => route_of(body).map(Answer::Route),
-            kind if kind == table => attrs(body.get(4..)?)
+            kind if kind == table => attrs(body.get(4..).unwrap_or_default())
                 .find(|(k, _)| *k == NFTA_TABLE_USE)
                 .and_then(|(_, v)| Some(Answer::TableUse(u32::from_be_bytes(v.get(..4)?.try_into().ok()?)))),
-            _ => None,
+            _ => self.end(),
         };
-        Some((seq, answer.unwrap_or(Answer::Other)))
+        decoded.unwrap_or(Answer::Other)
+    }
+}
+
+/// The messages of one datagram. Ends at the first that does not fit.
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Raw<'_>> {
+    std::iter::from_fn(move || {
+        let len = usize::try_from(u32_of(bytes)?).ok()?;
+        let (kind, flags) = (u16_of(bytes.get(4..)?)?, u16_of(bytes.get(6..)?)?);
+        let seq = u32_of(bytes.get(8..)?)?;
+        let body = bytes.get(HEADER..len)?;
+        bytes = bytes.get(aligned(len)..).unwrap_or_default();
+        Some(Raw { seq, kind, interrupted: flags & NLM_F_DUMP_INTR != 0, body })
     })
+}
+
+/// The messages of one datagram, with their sequence numbers. Ends at the first that does not fit.
+pub fn answers(bytes: &[u8]) -> impl Iterator<Item = (u32, Answer)> {
+    messages(bytes).map(|raw| (raw.seq, raw.answer()))
 }
 
 #[cfg(test)]

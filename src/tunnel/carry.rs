@@ -13,6 +13,7 @@ use super::{
 use crate::metrics::bump;
 use std::{
     net::SocketAddr,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -42,13 +43,13 @@ impl Node {
         self.homes.ask(peer.request, name, &mut self.outbox);
     }
 
-    /// Asks again where an answer is due.
-    pub(super) fn drive_wants(&mut self, now: Instant) {
-        let due = |p: &&mut Peer| p.want.as_ref().is_some_and(|w| w.next_ask <= now);
+    /// Asks again where an answer is due; of these peers some are.
+    pub(super) fn drive_wants(&mut self, now: Instant, peers: &[Rc<str>]) {
         let (mut late, mut cut) = (Vec::new(), Vec::new());
-        for peer in self.peers.iter_mut().filter(due) {
+        for name in peers {
+            let Some(peer) = self.peers.get_mut(name) else { continue };
             let stranded = peer.paths.current().is_none();
-            let Some(want) = &mut peer.want else { continue };
+            let Some(want) = peer.want.as_mut().filter(|w| w.next_ask <= now) else { continue };
             let waited = now.saturating_duration_since(want.since);
             let seldom = peer.slot.is_some() && (!stranded || waited > ANSWER_WAIT * 2);
             want.next_ask = now + if seldom { ASK_SELDOM } else { ASK_AGAIN[want.asked.min(ASK_AGAIN.len() - 1)] };

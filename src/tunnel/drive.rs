@@ -33,16 +33,16 @@ impl Node {
                 return output;
             }
         }
-        let timers = self.slots.iter().filter_map(|(_, s)| s.timeout);
-        let others = [
+        let all = [
+            self.slots.poll_timeout(),
+            self.peers.poll_timeout(),
             self.homes.poll_timeout(),
             self.relay.as_ref().and_then(Relay::poll_timeout),
-            self.dial_timeout(),
-            self.path_timeout(),
             self.lan.poll_timeout(),
             self.pilot.poll_timeout(),
+            Some(self.next_sweep),
         ];
-        let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
+        let due = all.into_iter().flatten().min();
         self.due = due;
         Output::Wait(due)
     }
@@ -70,7 +70,8 @@ impl Node {
         }
         self.measure(now, index);
         let slot = self.slots.get_mut(index)?;
-        slot.timeout = slot.conn.poll_timeout();
+        let at = slot.conn.poll_timeout().into_iter().chain(slot.deadline()).min();
+        self.slots.wake(index, at);
         None
     }
 

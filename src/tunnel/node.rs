@@ -338,13 +338,11 @@ impl Node {
             return;
         }
         self.due = None;
-        let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
-        for index in expired {
-            if let Some(slot) = self.slots.get_mut(index) {
-                slot.timeout = None;
+        let (slots, peers) = (self.slots.due(now), self.peers.due(now));
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index) {
                 slot.conn.handle_timeout(now);
-                self.touch(index);
+                self.touch(*index);
             }
         }
         let mut actions = Vec::new();
@@ -353,9 +351,9 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_wants(now);
-        self.drive_dials(now);
-        self.drive_paths(now);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
+        self.drive_paths(now, &peers);
         self.drive_uplinks(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
@@ -379,6 +377,9 @@ impl Node {
         for index in all {
             if let Some(slot) = self.slots.get_mut(index) {
                 let change = slot.windows.settle(now, &mut self.budget);
+                if slot.windows.quiet(now) {
+                    slot.recent = VecDeque::new();
+                }
                 self.resize(index, change);
             }
             self.touch(index);

@@ -288,15 +288,10 @@ impl Node {
         }
     }
 
-    pub(super) fn path_timeout(&self) -> Option<Instant> {
-        self.peers.iter().filter_map(|p| p.paths.poll_timeout()).min()
-    }
-
-    pub(super) fn drive_paths(&mut self, now: Instant) {
-        let due = self.peers.iter().filter(|p| p.paths.poll_timeout().is_some_and(|at| at <= now));
-        let due: Vec<String> = due.map(|p| p.name.clone()).collect();
-        for name in due {
-            self.with_paths(now, &name, |peer, rng, out| peer.paths.handle_timeout(now, rng, out));
+    /// Of these peers some are due.
+    pub(super) fn drive_paths(&mut self, now: Instant, peers: &[Rc<str>]) {
+        for name in peers {
+            self.with_paths(now, name, |peer, rng, out| peer.paths.handle_timeout(now, rng, out));
         }
     }
 }

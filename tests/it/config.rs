@@ -145,7 +145,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ("dns.cache_ttl = 604801", "1:17: dns.cache_ttl: 604801: expected a number from 0 to 604800"),
     ("proxy.mark = 3", "1:14: proxy.mark: 3: expected one bit of 32, such as 0x20"),
     ("proxy.mark = 0x1_0000_0000", "1:14: proxy.mark: 4294967296: expected one bit of 32, such as 0x20"),
-    ("proxy.backend = \"nft\"", "1:17: proxy.backend: \"nft\": expected \"auto\" or \"iptables\""),
+    ("proxy.backend = \"nftables\"", "1:17: proxy.backend: \"nftables\": expected \"auto\" or \"iptables\" or \"nft\""),
     ("proxy.max_connections = 0", "1:25: proxy.max_connections: 0: expected a number from 1 to 65536"),
     (
         "proxy.interfaces = [\"br-lan\", \"-j ACCEPT\"]",

@@ -3,6 +3,7 @@
 
 mod direct;
 mod line;
+mod many;
 mod nat;
 mod pair;
 mod rates;
