@@ -26,7 +26,9 @@
 //! gateway), `predict` (a NAT that counts). A way is a pair of addresses where there are several `uplinks`.
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
 //! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `relay` the
-//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
+//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers. `connect` begins connections,
+//! of others only as far as `admit` finds them worth public-key work; `windows` gives each what its path needs out
+//! of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
 //! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the

@@ -79,7 +79,8 @@ use std::{
 };
 use stream::Shared;
 
-/// Datagrams, or batches of them, that one receive call takes.
+/// Datagrams, or batches of them, that one receive call takes. More of them are no faster: without GRO it is the kernel's
+/// work for each datagram that counts, with it their buffers are 64 kB each.
 const RX_BATCH: usize = 2;
 /// The largest batch that the kernel hands over by GRO.
 const RX_BUFFER: usize = 64 << 10;

@@ -252,7 +252,6 @@ impl Node {
                 },
             },
             Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, way, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
             Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(way), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {

@@ -64,8 +64,11 @@ fn messages(mut bytes: &[u8]) -> Vec<Message> {
         if subsystem == 10 {
             let mut attrs = tree(&bytes[20..len]);
             match kind {
-                // NFTA_SET_ID, NFTA_SET_USERDATA
-                NEWSET => attrs.retain(|(kind, _)| !matches!(kind, 10 | 13)),
+                // NFTA_SET_ID, NFTA_SET_USERDATA of a concatenation
+                NEWSET => attrs.retain(|(kind, value)| match value {
+                    Node::Bytes(bytes) => *kind != 10 && !(*kind == 13 && bytes.len() > 6),
+                    Node::Nest(_) => true,
+                }),
                 // NFTA_SET_ELEM_LIST_SET_ID; a hash table has no order
                 NEWSETELEM => {
                     attrs.retain(|(kind, _)| *kind != 4);

@@ -29,6 +29,11 @@ const ELEMENTS: usize = 512;
 
 /// IFNAMSIZ: names of interfaces in a set are that long.
 const NAME: usize = 16;
+/// What nft wants to know of a set of names to list it: NFTNL_UDATA_SET_KEYBYTEORDER is BYTEORDER_HOST_ENDIAN.
+const HOST_ORDER: [u8; 6] = {
+    let [a, b, c, d] = 1_u32.to_ne_bytes();
+    [0, 4, a, b, c, d]
+};
 /// IPS_DST_NAT, linux/netfilter/nf_conntrack_common.h, in the host's order.
 const DST_NAT: [u8; 4] = 0x20_u32.to_ne_bytes();
 const TCP: u8 = 6;
@@ -173,6 +178,9 @@ fn sets(batch: &mut Batch, family: Family) {
                 a.number(7, len);
             }
             a.number(10, id);
+            if value.is_none() {
+                a.bytes(13, &HOST_ORDER);
+            }
         });
     };
     set(1, INTERFACES, 0, (TYPE_NAME, NAME as u32), None);
