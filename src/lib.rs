@@ -21,7 +21,9 @@
 //!
 //! `tunnel::node::Node` is the root of everything below `src/tunnel/`. quinn-proto sees one virtual address
 //! for each connection (`slot`); the path below it is a relay's flow or an address of the peer (`path`), and
-//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one.
+//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one of the
+//! `candidates`. Where they come from: `survey` (the kernel's lists, by `links`), the relays' PONGs, `portmap` (the
+//! gateway), `predict` (a NAT that counts). A way is a pair of addresses where there are several `uplinks`.
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
 //! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `carry` what
 //! they carry for us, `relay` the relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
@@ -57,6 +59,7 @@ pub mod log;
 pub mod metrics;
 pub mod netlink;
 pub mod nft;
+pub mod portmap;
 pub mod proxy;
 pub mod pump;
 pub mod resolver;
@@ -68,6 +71,7 @@ pub mod table;
 pub mod tasks;
 pub mod tunnel;
 pub mod udp;
+pub mod uplinks;
 
 /// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::{
         rules::DEVICE,
     },
     sys::{self, Family},
+    tunnel::survey::Network,
 };
 use anyhow::{Context, Result, bail};
 use smol::Async;
@@ -289,31 +290,28 @@ pub fn surroundings() -> Result<Surroundings> {
     Ok(found)
 }
 
-/// Devices that lead to containers of this host and to no other node.
-const CONTAINERS: [&str; 11] =
-    ["cni", "docker", "veth", "flannel", "cali", "cilium", "lxc", "kube-", "podman", "nerdctl", "virbr"];
-
-/// The IPv4 addresses by which other hosts may reach this one, with their prefix lengths: not those of
-/// loopback, of weft0, of devices that are down, nor of container bridges. `only`, where it is not empty,
-/// names the interfaces.
+/// What the kernel says of devices, addresses and routes, for [`survey`](crate::tunnel::survey). IPv6's part is
+/// empty where the kernel has none.
 ///
 /// # Errors
-/// When the kernel does not list its devices or addresses.
-pub fn reachable_at(only: &[String]) -> Result<Vec<(Ipv4Addr, u8)>> {
+/// When the kernel does not list its devices, addresses or routes.
+pub fn network() -> Result<Network> {
     let mut socket = Socket::open(Family::Route)?;
-    let named = |name: &str| match only {
-        [] => name != DEVICE && name != "lo" && !CONTAINERS.iter().any(|c| name.starts_with(c)) && !docker_bridge(name),
-        _ => only.iter().any(|o| o == name),
-    };
-    let links: BTreeSet<u32> =
-        socket.links()?.into_iter().filter(|l| l.up && named(&l.name)).map(|l| l.index).collect();
-    let there = socket.addresses()?.into_iter().filter(|a| links.contains(&a.index) && !a.local.is_loopback());
-    Ok(there.map(|a| (a.local, a.network.length())).collect())
-}
-
-/// `br-` and twelve hexadecimal digits; OpenWrt's br-lan is none.
-fn docker_bridge(name: &str) -> bool {
-    name.strip_prefix("br-").is_some_and(|id| id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+    let mut network = Network { links: socket.links()?, addresses: socket.addresses()?, ..Network::default() };
+    socket.routes(|route| network.routes.extend(Some(route).filter(|r| r.leads_out)))?;
+    let _ = socket.ask(link::dump_addresses6, |answer| {
+        if let Answer::Address6(address) = answer {
+            network.addresses6.push(address);
+        }
+    });
+    let _ = socket.ask(link::dump_routes6, |answer| {
+        if let Answer::Route6(route) = answer
+            && route.leads_out
+        {
+            network.routes6.push(route);
+        }
+    });
+    Ok(network)
 }
 
 /// Removes our device, and with it its address and routes. Says what it removed.
@@ -350,7 +348,19 @@ impl Monitor {
     /// # Errors
     /// When there is no netlink.
     pub fn open() -> Result<Self> {
-        let fd = sys::netlink(Family::Route, link::GROUPS, PATIENCE).context("netlink is not available")?;
+        Self::of(link::GROUPS)
+    }
+
+    /// The same for IPv6 too.
+    ///
+    /// # Errors
+    /// When there is no netlink.
+    pub fn of_both_families() -> Result<Self> {
+        Self::of(link::GROUPS | link::GROUPS_IPV6)
+    }
+
+    fn of(groups: u32) -> Result<Self> {
+        let fd = sys::netlink(Family::Route, groups, PATIENCE).context("netlink is not available")?;
         Ok(Self { socket: Async::new(fd)? })
     }
 

@@ -91,6 +91,26 @@ pub fn multicast_by(fd: &impl AsFd, interface: Ipv4Addr) -> io::Result<()> {
     set_option(fd, libc::SOL_IP, libc::IP_MULTICAST_IF, libc::in_addr { s_addr: u32::from(interface).to_be() })
 }
 
+/// IPv6 multicast of a socket does not come back to this host.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn multicast_stays(fd: &impl AsFd) -> io::Result<()> {
+    set_option(fd, libc::SOL_IPV6, libc::IPV6_MULTICAST_LOOP, 0 as c_int)
+}
+
+/// By which interface a UDP socket sends to what is no multicast from now on, whatever the routing table prefers; 0:
+/// as that says. The route must exist.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn unicast_by(fd: &impl AsFd, to_ipv6: bool, index: u32) -> io::Result<()> {
+    // ip(7), ipv6(7): in network order.
+    let (level, name) =
+        if to_ipv6 { (libc::SOL_IPV6, libc::IPV6_UNICAST_IF) } else { (libc::SOL_IP, libc::IP_UNICAST_IF) };
+    set_option(fd, level, name, index.to_be())
+}
+
 /// Sets the packet mark of a socket.
 ///
 /// # Errors

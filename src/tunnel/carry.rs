@@ -94,6 +94,7 @@ impl Node {
             Action::Dial(relay) => self.register(now, relay),
             Action::Hangup(relay) => self.hang_up(now, relay),
             Action::Registered(relay) => self.registered(now, relay),
+            Action::Tried(_) => {}
             Action::Suspect(relay) => self.avoid(now, |path| on(path, relay)),
             Action::Lost(relay) => {
                 self.peers.unbind_relay(relay);
@@ -126,7 +127,7 @@ impl Node {
         let Some(address) = home.address else { return };
         let (name, peer) = (home.certificate.name.clone(), home.certificate.key);
         let dial = Dial { local: Arc::clone(&self.transport.local), peer, name, purpose: Purpose::Register };
-        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::Direct(address)) {
+        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::to(address)) {
             self.homes.dial_failed(relay, now, &why);
         }
     }
@@ -140,6 +141,7 @@ impl Node {
     /// The relay answered under the registration's keys: the connection has done its work.
     fn registered(&mut self, now: Instant, relay: usize) {
         self.hang_up(now, relay);
+        self.pilot.try_at(now);
         for peer in self.peers.iter_mut() {
             // Those whose connections it is to carry, should the other relay fall silent, too.
             let live = peer.slot.is_some() && peer.request != 0 && self.homes.chosen().any(|r| r == relay);

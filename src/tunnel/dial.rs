@@ -74,7 +74,7 @@ impl Node {
         let known = peer.paths.current().or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
-            peer.paths.last_good().filter(|_| alone).map(Path::Direct)
+            peer.paths.last_good().filter(|_| alone).map(Path::to)
         });
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             self.dial(now, name, path, &certificate);

@@ -13,12 +13,14 @@ use super::{
     lan::Lan,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
-    path::Path,
+    path::{Path, Way, canonical},
     peer::Peers,
     relay::{Relay, RelayLimits, RelayLoad},
     slot::{Role, Slot, Slots},
     streams::Streams,
     transport::Transport,
+    uplinks::{Pilot, Uplinks},
+    ways::Reach,
     windows::{Budget, Limits},
 };
 use crate::{
@@ -29,7 +31,7 @@ use bytes::{Buf, BytesMut};
 use quinn_proto::{ConnectionHandle, Dir, Endpoint, Event as QuicEvent, StreamEvent};
 use std::{
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -78,6 +80,8 @@ pub enum Output {
     /// `buf` holds one datagram, or several of `segment` bytes of which the last may be shorter.
     Send {
         to: SocketAddr,
+        /// The source, where it is not left to the routing table.
+        local: Option<IpAddr>,
         segment: Option<usize>,
     },
     /// `buf` holds a beacon for every link.
@@ -89,14 +93,14 @@ pub enum Output {
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    Address(SocketAddr),
+    Address(Way),
     Relay { relay: usize, flow: u32 },
 }
 
 impl Origin {
     pub(super) fn path(self) -> Path {
         match self {
-            Self::Address(address) => Path::Direct(address),
+            Self::Address(way) => Path::Direct(way),
             Self::Relay { relay, flow } => Path::Relay { relay, flow },
         }
     }
@@ -125,6 +129,9 @@ pub struct Node {
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
     pub(super) lan: Lan,
+    pub(super) uplinks: Rc<Uplinks>,
+    pub(super) pilot: Pilot,
+    pub(super) reach: Reach,
     pub(super) budget: Budget,
     pub(super) effort: Effort,
     /// When public-key work began that was not accounted for yet.
@@ -165,6 +172,9 @@ impl Node {
             rng,
             local: Vec::new(),
             lan: Lan::new(psk.as_ref(), now),
+            uplinks: Rc::default(),
+            pilot: Pilot::default(),
+            reach: Reach::default(),
             budget: Budget::new(limits),
             effort: Effort::new(now),
             working_since: None,
@@ -202,13 +212,17 @@ impl Node {
         self.step(now);
     }
 
-    /// Datagrams of `segment` bytes each (the last may be shorter) from one address.
-    pub fn handle_datagrams(&mut self, now: Instant, from: SocketAddr, batch: &mut [u8], segment: usize) {
+    /// Datagrams of `segment` bytes each (the last may be shorter) from one address to one of ours.
+    pub fn handle_datagrams(&mut self, now: Instant, from: impl Into<Way>, batch: &mut [u8], segment: usize) {
+        self.take_datagrams(now, from.into(), batch, segment);
+    }
+
+    fn take_datagrams(&mut self, now: Instant, from: Way, batch: &mut [u8], segment: usize) {
         self.step(now);
         if batch.is_empty() || segment == 0 {
             return;
         }
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let from = self.uplinks.way_of(canonical(from.remote), from.local.map(|ip| ip.to_canonical()));
         add(&self.count.rx_datagrams, batch.len().div_ceil(segment) as u64);
         add(&self.count.rx_bytes, batch.len() as u64);
         // A batch is one flow of the kernel's, but may still hold frames of several kinds.
@@ -224,13 +238,14 @@ impl Node {
         }
     }
 
-    fn handle_run(&mut self, now: Instant, from: SocketAddr, kind: Kind, run: &mut [u8], segment: usize) {
+    fn handle_run(&mut self, now: Instant, way: Way, kind: Kind, run: &mut [u8], segment: usize) {
+        let from = way.remote;
         match kind {
             Kind::Quic => {
                 let mut bytes = BytesMut::from(&*run);
                 while !bytes.is_empty() {
                     let datagram = bytes.split_to(segment.min(bytes.len()));
-                    self.handle_quic(now, Origin::Address(from), datagram);
+                    self.handle_quic(now, Origin::Address(way), datagram);
                 }
             }
             Kind::RelayData => match self.homes.at(from) {
@@ -240,8 +255,8 @@ impl Node {
                     None => bump(&self.count.relay_rejects),
                 },
             },
-            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
+            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, way, frame)),
+            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(way), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
@@ -249,14 +264,26 @@ impl Node {
         }
     }
 
-    fn handle_control(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+    fn handle_control(&mut self, now: Instant, way: Way, frame: &[u8]) {
+        let from = way.remote;
         let mut actions = Vec::new();
-        let taken = match self.homes.at(from) {
+        let known = self.homes.at(from);
+        let before = known.map(|relay| self.seen_by(relay));
+        let taken = match known {
             Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
             None => false,
         };
         match &mut self.relay {
-            _ if taken => self.act(now, actions),
+            _ if taken => {
+                self.uplink_works(now, way);
+                if let Some(Action::Tried(seen)) = actions.first() {
+                    self.uplink_seen(now, way, *seen);
+                }
+                if before != known.map(|relay| self.seen_by(relay)) {
+                    self.tell_all(now); // where we are now, and behind what
+                }
+                self.act(now, actions);
+            }
             Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),
             None => bump(&self.count.control_rejects),
         }
@@ -294,13 +321,13 @@ impl Node {
     pub(super) fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
         let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
         let to = match path {
-            Path::Direct(address) => {
+            Path::Direct(way) => {
                 frame.extend_from_slice(datagram);
-                Some(address)
+                Some(way)
             }
             Path::Relay { relay, flow } => {
                 let up = self.homes.wrap(relay, now, flow, datagram, &mut frame);
-                self.homes.get(relay).and_then(|h| h.address).filter(|_| up)
+                self.homes.get(relay).and_then(|h| h.address).filter(|_| up).map(Way::from)
             }
         };
         if let Some(to) = to {
@@ -330,6 +357,7 @@ impl Node {
         self.drive_wants(now, &peers);
         self.drive_dials(now, &slots);
         self.drive_paths(now, &peers);
+        self.drive_uplinks(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
@@ -422,7 +450,7 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    if !relay.register(now, certificate, &secret, from, &self.count) {
+                    if !relay.register(now, certificate, &secret, from.remote, &self.count) {
                         self.close(now, index, "it registers too often");
                     }
                 }

@@ -233,10 +233,10 @@ fn frames() {
     let from = "192.0.2.1:7843".parse().unwrap();
     for (message, hex) in [
         (
-            Message::Ping { txid: 0x0102_0304_0506_0708 },
+            Message::Ping { txid: 0x0102_0304_0506_0708, preference: 1 },
             "\
-        108c487ce4699729c8b1bed1b6cdbd33a83dfeb5aae597dc8886461af303bb583d0520c7c73f40eb9960e6196c64c096\
-        7c78f3a606a1b54d4b70",
+        108c487ce4699729c8b1bed1b6cdbd33a83dfeb5aae597dc8886461af303bb583d0520c7c73f40eb9960d83f50e1dee4\
+        57def2fa5ddf24ba2756ac",
         ),
         (
             Message::Pong { txid: 1, observed: from },

@@ -4,12 +4,15 @@ use super::{
     PeerView, RelayView, congestion::controller, control::Rank, disco::Mapping, home::Shown, node::Node, path::Path,
     peer::Peer,
 };
-use std::time::Instant;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 impl Node {
     pub(super) fn describe(&self, path: Path) -> String {
         match path {
-            Path::Direct(address) => address.to_string(),
+            Path::Direct(way) => way.to_string(),
             Path::Relay { relay, .. } => {
                 format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
             }
@@ -75,6 +78,14 @@ impl Node {
             return "not direct yet: it has not said where it may be reached".into();
         }
         let tried = peer.paths.tried();
-        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}", self.mapping(), peer.mapping)
+        // Between two that have IPv6 there are firewalls at most, and those are punched through like NATs.
+        let global = |a: &SocketAddr| matches!(a.ip(), IpAddr::V6(ip) if !ip.is_unique_local());
+        let ipv6 = match (self.local.iter().any(global), peer.paths.candidates.have_ipv6()) {
+            (true, true) => "; IPv6 at both ends, and it does not pass",
+            (true, false) => "; IPv6 only here",
+            (false, true) => "; IPv6 only there",
+            (false, false) => "",
+        };
+        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}{ipv6}", self.mapping(), peer.mapping)
     }
 }

@@ -152,6 +152,10 @@ const MISTAKES: &[(&str, &str)] = &[
         "1:31: proxy.interfaces: \"-j ACCEPT\": expected an interface's name, of 1 to 15 characters",
     ),
     (
+        "[tunnel]\ninterfaces = [\"an interface with a long name\"]",
+        "2:15: tunnel.interfaces: \"an interface with a long name\": expected an interface's name, of 1 to 15 characters",
+    ),
+    (
         "tunnel.relays = [\"relay.example:7843\"]",
         "1:18: tunnel.relays: \"relay.example:7843\": expected name@host:port, such as relay-1@relay.example:7843",
     ),

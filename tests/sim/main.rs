@@ -11,6 +11,7 @@ mod recall;
 mod relayed;
 mod relays;
 mod strangers;
+mod uplinks;
 mod world;
 
 /// The log of a single run, with WEFT_LOG set: `WEFT_SEED=7 WEFT_LOG=1 cargo test --test sim NAME -- --nocapture`.

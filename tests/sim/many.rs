@@ -72,7 +72,7 @@ impl Star {
                 };
                 loop {
                     match from.poll_output(self.now, &mut buf) {
-                        Output::Send { to: address, segment } => {
+                        Output::Send { to: address, segment, .. } => {
                             quiet = false;
                             let segment = segment.unwrap_or(buf.len());
                             if address == if of_hub { spoke.address } else { hub } {

@@ -43,6 +43,11 @@ const GHOST_PINGS: [(Duration, Duration); 3] = [
     (Duration::MAX, Duration::from_secs(5)),
 ];
 
+/// The nonce of a PING that says nothing of the registration: it goes by another uplink.
+pub(super) const BESIDE: u32 = 0;
+/// PINGs without a PONG after which another uplink may do better.
+const LATE: usize = 3;
+
 /// What a turn of the timer comes to.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Turn {
@@ -114,11 +119,33 @@ impl Up {
     }
 
     fn ping(&mut self, now: Instant, rng: &mut fastrand::Rng) -> Vec<u8> {
-        let nonce = rng.u32(..);
+        let nonce = rng.u32(BESIDE + 1..);
         self.last_ping = Some((nonce, now));
         self.asked.get_or_insert(now);
         self.unanswered += 1;
         self.channel.seal(&Control::Ping { nonce })
+    }
+
+    pub(super) fn ping_beside(&mut self) -> Vec<u8> {
+        self.channel.seal(&Control::Ping { nonce: BESIDE })
+    }
+
+    /// What was asked from another address of ours does not count.
+    pub(super) fn relocated(&mut self, now: Instant) {
+        if self.rtt.is_some() {
+            (self.next_ping, self.asked, self.unanswered) = (now, None, 0);
+        }
+    }
+
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.unanswered == 0 {
+            self.next_ping = now;
+        }
+    }
+
+    /// (it does not answer, when it last did).
+    pub(super) fn pulse(&self) -> (bool, Option<Instant>) {
+        (self.rtt.is_some() && self.unanswered >= LATE, self.rtt.map(|_| self.heard))
     }
 
     /// At `next_ping`.

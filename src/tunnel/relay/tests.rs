@@ -54,7 +54,7 @@ impl Bench {
     fn told(&mut self, n: u32, channel: &mut Channel) -> Vec<Control> {
         let (mut buf, mut told) = (Vec::new(), Vec::new());
         while let Some((to, _)) = self.out.pop(&mut buf) {
-            if to == at(n) {
+            if to.remote == at(n) {
                 channel.cookie = parse_header(&buf).unwrap().cookie;
                 told.extend(channel.open(&buf));
             }
@@ -78,7 +78,7 @@ impl Bench {
         self.relay.handle_data(self.now, at(from), &mut frame, size, &mut self.out, &self.count);
         let mut buf = Vec::new();
         let (to, _) = self.out.pop(&mut buf)?;
-        (buf[0] == frame[0]).then_some(to)
+        (buf[0] == frame[0]).then_some(to.remote)
     }
 }
 
