@@ -9,7 +9,7 @@ mod service;
 
 pub use error::ConfigError;
 
-use crate::tunnel::identity::node_name;
+use crate::tunnel::{RelayLimits, identity::node_name};
 use std::{
     fmt,
     fs::File,
@@ -138,6 +138,7 @@ pub enum Upstream {
 pub enum Backend {
     Auto,
     Iptables,
+    Nft,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -182,6 +183,12 @@ pub enum Congestion {
 pub struct TunnelConfig {
     pub enable: bool,
     pub listen: SocketAddr,
+    /// Interfaces whose addresses are candidates; empty: all but those of containers.
+    pub interfaces: Vec<String>,
+    /// Beacons on the links.
+    pub lan: bool,
+    /// The gateway is asked for a port.
+    pub port_mapping: bool,
     pub profile: Profile,
     pub congestion: Congestion,
     /// `name@host:port`; those of the bundle are used too.
@@ -236,6 +243,7 @@ impl FromStr for RelayName {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RelayConfig {
     pub enable: bool,
+    pub limits: RelayLimits,
 }
 
 #[derive(Clone, Debug, PartialEq)]

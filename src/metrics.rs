@@ -70,6 +70,12 @@ counters! {
         remote_opens,
         /// Streams of peers refused because the endpoint is not ours.
         remote_refused,
+        /// Sessions of clients of UDP Services begun.
+        udp_sessions,
+        /// Datagrams of UDP Services dropped: a queue or a socket was full, or they are too large for the way.
+        udp_drops,
+        /// Flows of UDP deleted from conntrack because they led elsewhere than the rules.
+        udp_flows_deleted,
         /// Rule sets written to the kernel.
         rule_syncs,
         /// Rule sets that the kernel refused.
@@ -110,7 +116,7 @@ counters! {
         handshake_failures,
         /// Initials answered with Retry because too many handshakes were half open.
         retries_sent,
-        /// Relay frames whose tag or flow did not fit.
+        /// Relay frames whose tag did not fit.
         relay_rejects,
         /// Relay control messages that did not open or were replayed.
         control_rejects,
@@ -122,10 +128,18 @@ counters! {
         relayed_datagrams,
         /// Bytes relayed for others.
         relayed_bytes,
-        /// Datagrams not relayed: rate, burst or queue limits.
+        /// Relay frames of no flow, or of one whose other end is gone.
+        relay_unknown_flows,
+        /// Datagrams not relayed, questions and registrations of nodes dropped: more than a node may.
+        relay_over_rate,
+        /// Datagrams not relayed: too many were waiting.
         relay_drops,
-        /// Handshake work put off: the public-key budget was used up.
+        /// Datagrams not relayed: they and those behind them had waited too long.
+        relay_late,
+        /// Handshakes put off: the budget for public-key work or the room for them was used up.
         budget_exceeded,
+        /// Connections closed because there were too many.
+        connections_displaced,
     }
 }
 

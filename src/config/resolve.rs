@@ -3,10 +3,13 @@
 use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
-    raw::{Number, RawConfig, RawNode, RawProxy, RawTunnel},
+    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel},
     service,
 };
-use crate::tunnel::identity::{network_name, node_name};
+use crate::tunnel::{
+    Rate, RelayLimits,
+    identity::{network_name, node_name},
+};
 use log::LevelFilter;
 use std::{
     fmt::Debug,
@@ -25,6 +28,13 @@ const MARK: u32 = 1 << 5;
 
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
+/// Mbit/s: more than any one socket carries.
+const RATE_MAX: usize = 100_000;
+/// kB: a batch of the kernel's has up to 64.
+const BURST_MIN: usize = 64;
+const BURST_MAX: usize = 100_000;
+/// kB.
+const NODE_BURST: u64 = 1_000;
 /// Linux: IFNAMSIZ is 16 with its NUL.
 const INTERFACE_MAX: usize = 15;
 /// Lists of the file are refused beyond this many items.
@@ -55,11 +65,14 @@ impl Default for Config {
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
+                interfaces: Vec::new(),
+                lan: true,
+                port_mapping: true,
                 profile: Profile::Auto,
                 congestion: Congestion::Auto,
                 relays: Vec::new(),
             },
-            relay: RelayConfig { enable: false },
+            relay: RelayConfig { enable: false, limits: RelayLimits::default() },
             admin: AdminConfig { socket: PathBuf::from("/run/weft.sock") },
             services: Vec::new(),
         }
@@ -80,7 +93,7 @@ impl Config {
         let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
         put.choice(&mut c.balancer.default, "balancer.default", raw.balancer.default, &policies)?;
         put.tunnel(&mut c.tunnel, raw.tunnel)?;
-        put.flag(&mut c.relay.enable, raw.relay.enable);
+        put.relay(&mut c.relay, raw.relay)?;
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
             // Linux: sun_path has 108 bytes with its NUL.
             path(s).filter(|_| s.len() < 108)
@@ -203,15 +216,9 @@ impl Put<'_> {
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
-        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
-        let interface = "an interface's name, of 1 to 15 characters";
-        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, interface, |s| {
-            // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
-            let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
-            let named = (1..=INTERFACE_MAX).contains(&s.len()) && s != "." && s != ".." && !s.starts_with('-');
-            (named && s.chars().all(valid)).then(|| s.into())
-        })?;
+        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
@@ -223,6 +230,9 @@ impl Put<'_> {
         self.flag(&mut c.enable, raw.enable);
         let listen = "an address and a port, such as [::]:7843";
         self.value(&mut c.listen, "tunnel.listen", raw.listen, listen, |s| s.parse().ok())?;
+        self.list(&mut c.interfaces, "tunnel.interfaces", raw.interfaces, INTERFACE, interface)?;
+        self.flag(&mut c.lan, raw.lan);
+        self.flag(&mut c.port_mapping, raw.port_mapping);
         let profiles = [("auto", Profile::Auto), ("router", Profile::Router), ("server", Profile::Server)];
         self.choice(&mut c.profile, "tunnel.profile", raw.profile, &profiles)?;
         let kinds = [("auto", Congestion::Auto), ("bbr", Congestion::Bbr), ("cubic", Congestion::Cubic)];
@@ -230,6 +240,28 @@ impl Put<'_> {
         let relay = "name@host:port, such as relay-1@relay.example:7843";
         self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())
     }
+
+    fn relay(&self, c: &mut RelayConfig, raw: RawRelay) -> Result<(), ConfigError> {
+        self.flag(&mut c.enable, raw.enable);
+        let (mut all, mut node, mut burst) = (0_u64, 0, NODE_BURST);
+        for (slot, key, raw) in [(&mut all, "relay.rate", raw.rate), (&mut node, "relay.node_rate", raw.node_rate)] {
+            self.number(slot, key, raw, 0..=RATE_MAX)?;
+        }
+        self.number(&mut burst, "relay.node_burst", raw.node_burst, BURST_MIN..=BURST_MAX)?;
+        let rate = |mbits: u64, burst| (mbits > 0).then_some(Rate { each_second: mbits * 125_000, burst });
+        // Of all: what leaves in a few milliseconds.
+        c.limits = RelayLimits { all: rate(all, 64_000.max(all * 500)), node: rate(node, burst * 1000) };
+        Ok(())
+    }
+}
+
+const INTERFACE: &str = "an interface's name, of 1 to 15 characters";
+
+fn interface(text: &str) -> Option<String> {
+    // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
+    let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
+    let named = (1..=INTERFACE_MAX).contains(&text.len()) && text != "." && text != ".." && !text.starts_with('-');
+    (named && text.chars().all(valid)).then(|| text.into())
 }
 
 /// An absolute path, without NUL, which no system call takes.

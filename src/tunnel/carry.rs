@@ -13,6 +13,7 @@ use super::{
 use crate::metrics::bump;
 use std::{
     net::SocketAddr,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -42,13 +43,13 @@ impl Node {
         self.homes.ask(peer.request, name, &mut self.outbox);
     }
 
-    /// Asks again where an answer is due.
-    pub(super) fn drive_wants(&mut self, now: Instant) {
-        let due = |p: &&mut Peer| p.want.as_ref().is_some_and(|w| w.next_ask <= now);
+    /// Asks again where an answer is due; of these peers some are.
+    pub(super) fn drive_wants(&mut self, now: Instant, peers: &[Rc<str>]) {
         let (mut late, mut cut) = (Vec::new(), Vec::new());
-        for peer in self.peers.iter_mut().filter(due) {
+        for name in peers {
+            let Some(peer) = self.peers.get_mut(name) else { continue };
             let stranded = peer.paths.current().is_none();
-            let Some(want) = &mut peer.want else { continue };
+            let Some(want) = peer.want.as_mut().filter(|w| w.next_ask <= now) else { continue };
             let waited = now.saturating_duration_since(want.since);
             let seldom = peer.slot.is_some() && (!stranded || waited > ANSWER_WAIT * 2);
             want.next_ask = now + if seldom { ASK_SELDOM } else { ASK_AGAIN[want.asked.min(ASK_AGAIN.len() - 1)] };
@@ -93,12 +94,12 @@ impl Node {
             Action::Dial(relay) => self.register(now, relay),
             Action::Hangup(relay) => self.hang_up(now, relay),
             Action::Registered(relay) => self.registered(now, relay),
+            Action::Tried(_) => {}
             Action::Suspect(relay) => self.avoid(now, |path| on(path, relay)),
             Action::Lost(relay) => {
                 self.peers.unbind_relay(relay);
                 self.avoid(now, |path| on(path, relay));
             }
-            Action::Seen => self.seek_all(now),
             Action::Moved { from, to } => self.moved(now, from, to),
             Action::Opened { relay, request, flow, certificate } => {
                 self.flow_opened(now, relay, request, flow, *certificate);
@@ -126,7 +127,7 @@ impl Node {
         let Some(address) = home.address else { return };
         let (name, peer) = (home.certificate.name.clone(), home.certificate.key);
         let dial = Dial { local: Arc::clone(&self.transport.local), peer, name, purpose: Purpose::Register };
-        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::Direct(address)) {
+        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::to(address)) {
             self.homes.dial_failed(relay, now, &why);
         }
     }
@@ -140,6 +141,7 @@ impl Node {
     /// The relay answered under the registration's keys: the connection has done its work.
     fn registered(&mut self, now: Instant, relay: usize) {
         self.hang_up(now, relay);
+        self.pilot.try_at(now);
         for peer in self.peers.iter_mut() {
             // Those whose connections it is to carry, should the other relay fall silent, too.
             let live = peer.slot.is_some() && peer.request != 0 && self.homes.chosen().any(|r| r == relay);
@@ -176,7 +178,17 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         if !known {
             peer.set_relay(now, None);
+            let pathless = peer.paths.current().is_none();
+            if let Some(want) = &mut peer.want {
+                want.next_ask = now;
+            }
+            for index in self.slots_of(name) {
+                if let Some(slot) = self.slots.get_mut(index) {
+                    slot.stranded = pathless;
+                }
+            }
         }
+        let Some(peer) = self.peers.get_mut(name) else { return };
         if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
             self.want_flow(now, name);
         }
@@ -188,6 +200,8 @@ impl Node {
         let old = peer.paths.relay();
         peer.set_relay(now, Some(path));
         let slots: Vec<u32> = self.slots_of(name);
+        // What went into the void long ago is better sent anew: an ACK of it would measure all that time as the RTT.
+        let again = again && !slots.iter().any(|index| self.slots.get(*index).is_some_and(|s| s.stranded));
         self.follow(now, name);
         for index in slots {
             let Some(slot) = self.slots.get_mut(index) else { continue };

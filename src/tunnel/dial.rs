@@ -6,7 +6,7 @@ use super::{
     noise::{Dial, Purpose},
     path::Path,
     peer::{ANSWER_WAIT, Peer},
-    slot::Role,
+    slot::{LIVE_MAX, Role, Slot},
 };
 use crate::metrics::bump;
 use quinn_proto::ConnectionError;
@@ -22,11 +22,14 @@ const HALF_OPEN_WAIT: Duration = Duration::from_secs(15);
 /// What "nobody answered" can mean.
 const CAUSES: &str = "it is off or cut off, or its psk, CA or key is another than ours says";
 
-/// How long a handshake may take.
-fn patience(role: &Role) -> Duration {
-    match role {
-        Role::Dialed(_) | Role::Registering(_) => ANSWER_WAIT,
-        Role::Accepted | Role::Registered => HALF_OPEN_WAIT,
+impl Slot {
+    /// When a handshake has taken too long; None after it.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let patience = match self.role {
+            Role::Dialed(_) | Role::Registering(_) => ANSWER_WAIT,
+            Role::Accepted | Role::Registered => HALF_OPEN_WAIT,
+        };
+        (self.peer.is_none() && !self.lost).then(|| self.born + patience)
     }
 }
 
@@ -71,7 +74,7 @@ impl Node {
         let known = peer.paths.current().or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
-            peer.paths.last_good().filter(|_| alone).map(Path::Direct)
+            peer.paths.last_good().filter(|_| alone).map(Path::to)
         });
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             self.dial(now, name, path, &certificate);
@@ -119,19 +122,13 @@ impl Node {
         self.kill_streams(waiting, why);
     }
 
-    /// When `drive_dials` is next of use.
-    pub(super) fn dial_timeout(&self) -> Option<Instant> {
-        let wants = self.peers.iter().filter_map(|p| p.want.as_ref()).map(|w| w.next_ask);
-        let dials =
-            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost).map(|(_, s)| s.born + patience(&s.role));
-        wants.chain(dials).min()
-    }
-
-    pub(super) fn drive_dials(&mut self, now: Instant) {
-        let silent =
-            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost && now >= s.born + patience(&s.role));
-        let silent: Vec<u32> = silent.map(|(i, _)| i).collect();
-        silent.into_iter().for_each(|index| self.nobody_answered(now, index));
+    /// Of these connections some are due.
+    pub(super) fn drive_dials(&mut self, now: Instant, slots: &[u32]) {
+        for index in slots {
+            if self.slots.get(*index).and_then(Slot::deadline).is_some_and(|at| at <= now) {
+                self.nobody_answered(now, *index);
+            }
+        }
     }
 
     fn nobody_answered(&mut self, now: Instant, index: u32) {
@@ -208,6 +205,21 @@ impl Node {
             self.open_waiting(slot);
         }
         self.accept_streams(index);
+        self.make_room(now, index);
+    }
+
+    /// The connection that was of no use for longest makes room for this one; where all carry streams, there is none.
+    fn make_room(&mut self, now: Instant, index: u32) {
+        if self.slots.live().count() <= LIVE_MAX {
+            return;
+        }
+        let idle = self.slots.live().filter(|(at, s)| *at != index && s.streams.is_empty());
+        let idle = idle.min_by_key(|(_, s)| s.idle_since).map(|(at, _)| at);
+        bump(&self.count.connections_displaced);
+        match idle {
+            Some(at) => self.close(now, at, "another connection needs its place"),
+            None => self.close(now, index, "too many connections are in use"),
+        }
     }
 
     pub(super) fn connection_lost(&mut self, now: Instant, index: u32, reason: &ConnectionError) {

@@ -14,12 +14,12 @@ use super::{
     identity::{Certificate, PublicKey},
     keys::Key,
     outbox::Outbox,
-    path::Path,
+    path::{Path, Way},
 };
 use crate::backoff::Backoff;
 use choose::weight;
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 use up::{Turn, Up};
@@ -36,7 +36,7 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A relay that has come back is moved to at some time within this, and not by all nodes at once.
 const SPREAD: Duration = Duration::from_secs(30);
 /// Between questions for the certificate of a relay that does not answer.
-const INQUIRE: Duration = Duration::from_secs(10);
+const INQUIRE: Duration = Duration::from_secs(5);
 /// After the start: until the round trips of all relays are known.
 const YOUNG: Duration = Duration::from_secs(15);
 /// With nobody else to carry data a restarted relay is come back to within this.
@@ -85,8 +85,8 @@ pub(super) enum Action {
     Hangup(usize),
     /// The first PONG: the registration holds.
     Registered(usize),
-    /// It sees us at another address than before: a NAT was rebound, or we have moved.
-    Seen,
+    /// A relay answered a PING beside the others: where it sees us.
+    Tried(SocketAddr),
     /// It is silent, or about to leave: data takes other ways where there are any.
     Suspect(usize),
     /// No registration any more: paths through it are dead.
@@ -404,6 +404,47 @@ impl Homes {
 
     pub(super) fn who(&mut self, relay: usize, flow: u32, out: &mut Outbox) {
         self.send(relay, &Control::Who { flow }, out);
+    }
+
+    pub(super) fn first_address(&self) -> Option<SocketAddr> {
+        self.list.iter().find_map(|home| home.address)
+    }
+
+    fn all_up(&mut self) -> impl Iterator<Item = (&mut Up, Option<SocketAddr>)> {
+        self.list.iter_mut().filter_map(|home| {
+            let address = home.address;
+            home.up_mut().map(|up| (up, address))
+        })
+    }
+
+    /// We may have moved: each relay is to see it at once.
+    pub(super) fn relocated(&mut self, now: Instant) {
+        self.all_up().for_each(|(up, _)| up.relocated(now));
+    }
+
+    /// (whether one does not answer, when one answered last); none: nobody has ever.
+    pub(super) fn pulse(&mut self) -> (bool, Option<Instant>) {
+        let up = self.all_up().map(|(up, _)| up.pulse());
+        up.fold((false, None), |(late, last), (is_late, heard)| (late || is_late, last.max(heard)))
+    }
+
+    /// Those that have answered until now are asked whether they still do.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        self.all_up().for_each(|(up, _)| up.hurry(now));
+    }
+
+    /// A PING beside the others, from that address of ours.
+    pub(super) fn try_by(&mut self, local: IpAddr, out: &mut Outbox) {
+        for (up, address) in self.all_up() {
+            if let Some(remote) = address {
+                let _ = out.push(Way { remote, local: Some(local) }, up.ping_beside());
+            }
+        }
+    }
+
+    /// Where a relay saw us last.
+    pub(super) fn observed(&self, relay: usize) -> Option<SocketAddr> {
+        self.list.get(relay)?.up()?.observed
     }
 
     /// Leaves all relays.

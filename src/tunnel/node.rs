@@ -13,12 +13,14 @@ use super::{
     lan::Lan,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
-    path::Path,
+    path::{Path, Way, canonical},
     peer::Peers,
-    relay::{Relay, RelayLoad},
+    relay::{Relay, RelayLimits, RelayLoad},
     slot::{Role, Slot, Slots},
     streams::Streams,
     transport::Transport,
+    uplinks::{Pilot, Uplinks},
+    ways::Reach,
     windows::{Budget, Limits},
 };
 use crate::{
@@ -29,7 +31,7 @@ use bytes::{Buf, BytesMut};
 use quinn_proto::{ConnectionHandle, Dir, Endpoint, Event as QuicEvent, StreamEvent};
 use std::{
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -37,6 +39,8 @@ use std::{
 
 /// A connection without streams is closed after this.
 const IDLE_CLOSE: Duration = Duration::from_secs(60);
+/// Below what the process waits for at its end.
+const LINGER: Duration = Duration::from_millis(400);
 /// Packets that keep a connection with idle streams alive, well below quinn's idle timeout.
 pub(super) const KEEPALIVE: Duration = Duration::from_secs(20);
 /// Housekeeping of idle connections.
@@ -51,6 +55,8 @@ pub struct NodeConfig {
     pub relays: Vec<RelaySpec>,
     pub profile: Profile,
     pub congestion: Congestion,
+    /// Where it is a relay.
+    pub relay_limits: RelayLimits,
     /// Beacons on the links.
     pub lan: bool,
     /// Datagrams that one send may carry.
@@ -74,6 +80,8 @@ pub enum Output {
     /// `buf` holds one datagram, or several of `segment` bytes of which the last may be shorter.
     Send {
         to: SocketAddr,
+        /// The source, where it is not left to the routing table.
+        local: Option<IpAddr>,
         segment: Option<usize>,
     },
     /// `buf` holds a beacon for every link.
@@ -85,14 +93,14 @@ pub enum Output {
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    Address(SocketAddr),
+    Address(Way),
     Relay { relay: usize, flow: u32 },
 }
 
 impl Origin {
     pub(super) fn path(self) -> Path {
         match self {
-            Self::Address(address) => Path::Direct(address),
+            Self::Address(way) => Path::Direct(way),
             Self::Relay { relay, flow } => Path::Relay { relay, flow },
         }
     }
@@ -121,6 +129,9 @@ pub struct Node {
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
     pub(super) lan: Lan,
+    pub(super) uplinks: Rc<Uplinks>,
+    pub(super) pilot: Pilot,
+    pub(super) reach: Reach,
     pub(super) budget: Budget,
     pub(super) effort: Effort,
     /// When public-key work began that was not accounted for yet.
@@ -133,7 +144,7 @@ impl Node {
     pub fn new(config: NodeConfig, now: Instant, mut rng: fastrand::Rng, count: Rc<TunnelCounters>) -> Self {
         let root = derive(&config.local.secret, b"weft relay", b"");
         let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
-        let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
+        let relay = config.local.is_relay.then(|| Relay::new(&root, config.relay_limits, now, rng.fork()));
         let limits = Limits::of(config.profile);
         let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
         let endpoint =
@@ -161,6 +172,9 @@ impl Node {
             rng,
             local: Vec::new(),
             lan: Lan::new(psk.as_ref(), now),
+            uplinks: Rc::default(),
+            pilot: Pilot::default(),
+            reach: Reach::default(),
             budget: Budget::new(limits),
             effort: Effort::new(now),
             working_since: None,
@@ -191,20 +205,24 @@ impl Node {
 
     #[must_use]
     pub fn relay_load(&self) -> Option<RelayLoad> {
-        self.relay.as_ref().map(Relay::load)
+        self.relay.as_ref().map(|relay| relay.load(&self.count))
     }
 
     pub fn handle_tick(&mut self, now: Instant) {
         self.step(now);
     }
 
-    /// Datagrams of `segment` bytes each (the last may be shorter) from one address.
-    pub fn handle_datagrams(&mut self, now: Instant, from: SocketAddr, batch: &mut [u8], segment: usize) {
+    /// Datagrams of `segment` bytes each (the last may be shorter) from one address to one of ours.
+    pub fn handle_datagrams(&mut self, now: Instant, from: impl Into<Way>, batch: &mut [u8], segment: usize) {
+        self.take_datagrams(now, from.into(), batch, segment);
+    }
+
+    fn take_datagrams(&mut self, now: Instant, from: Way, batch: &mut [u8], segment: usize) {
         self.step(now);
         if batch.is_empty() || segment == 0 {
             return;
         }
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let from = self.uplinks.way_of(canonical(from.remote), from.local.map(|ip| ip.to_canonical()));
         add(&self.count.rx_datagrams, batch.len().div_ceil(segment) as u64);
         add(&self.count.rx_bytes, batch.len() as u64);
         // A batch is one flow of the kernel's, but may still hold frames of several kinds.
@@ -220,13 +238,14 @@ impl Node {
         }
     }
 
-    fn handle_run(&mut self, now: Instant, from: SocketAddr, kind: Kind, run: &mut [u8], segment: usize) {
+    fn handle_run(&mut self, now: Instant, way: Way, kind: Kind, run: &mut [u8], segment: usize) {
+        let from = way.remote;
         match kind {
             Kind::Quic => {
                 let mut bytes = BytesMut::from(&*run);
                 while !bytes.is_empty() {
                     let datagram = bytes.split_to(segment.min(bytes.len()));
-                    self.handle_quic(now, Origin::Address(from), datagram);
+                    self.handle_quic(now, Origin::Address(way), datagram);
                 }
             }
             Kind::RelayData => match self.homes.at(from) {
@@ -236,9 +255,8 @@ impl Node {
                     None => bump(&self.count.relay_rejects),
                 },
             },
-            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
-            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
+            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, way, frame)),
+            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(way), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
@@ -246,14 +264,26 @@ impl Node {
         }
     }
 
-    fn handle_control(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+    fn handle_control(&mut self, now: Instant, way: Way, frame: &[u8]) {
+        let from = way.remote;
         let mut actions = Vec::new();
-        let taken = match self.homes.at(from) {
+        let known = self.homes.at(from);
+        let before = known.map(|relay| self.seen_by(relay));
+        let taken = match known {
             Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
             None => false,
         };
         match &mut self.relay {
-            _ if taken => self.act(now, actions),
+            _ if taken => {
+                self.uplink_works(now, way);
+                if let Some(Action::Tried(seen)) = actions.first() {
+                    self.uplink_seen(now, way, *seen);
+                }
+                if before != known.map(|relay| self.seen_by(relay)) {
+                    self.tell_all(now); // where we are now, and behind what
+                }
+                self.act(now, actions);
+            }
             Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),
             None => bump(&self.count.control_rejects),
         }
@@ -291,13 +321,13 @@ impl Node {
     pub(super) fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
         let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
         let to = match path {
-            Path::Direct(address) => {
+            Path::Direct(way) => {
                 frame.extend_from_slice(datagram);
-                Some(address)
+                Some(way)
             }
             Path::Relay { relay, flow } => {
                 let up = self.homes.wrap(relay, now, flow, datagram, &mut frame);
-                self.homes.get(relay).and_then(|h| h.address).filter(|_| up)
+                self.homes.get(relay).and_then(|h| h.address).filter(|_| up).map(Way::from)
             }
         };
         if let Some(to) = to {
@@ -311,12 +341,11 @@ impl Node {
             return;
         }
         self.due = None;
-        let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
-        for index in expired {
-            if let Some(slot) = self.slots.get_mut(index) {
-                slot.tick(now);
-                self.touch(index);
+        let (slots, peers) = (self.slots.due(now), self.peers.due(now));
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index) {
+                slot.expire(now);
+                self.touch(*index);
             }
         }
         let mut actions = Vec::new();
@@ -325,9 +354,10 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_wants(now);
-        self.drive_dials(now);
-        self.drive_paths(now);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
+        self.drive_paths(now, &peers);
+        self.drive_uplinks(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
@@ -350,6 +380,9 @@ impl Node {
         for index in all {
             if let Some(slot) = self.slots.get_mut(index) {
                 let change = slot.windows.settle(now, &mut self.budget);
+                if slot.windows.quiet(now) {
+                    slot.recent = VecDeque::new();
+                }
                 self.resize(index, change);
             }
             self.touch(index);
@@ -372,6 +405,12 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.say_restarting(&mut self.outbox);
         }
+    }
+
+    /// For how long after [`Node::shutdown`] a relay goes on: its nodes are taking other ways.
+    #[must_use]
+    pub fn linger(&self) -> Duration {
+        self.relay.as_ref().filter(|relay| !relay.is_idle()).map_or(Duration::ZERO, |_| LINGER)
     }
 
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
@@ -411,7 +450,9 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    relay.register(now, certificate, &secret, from);
+                    if !relay.register(now, certificate, &secret, from.remote, &self.count) {
+                        self.close(now, index, "it registers too often");
+                    }
                 }
                 // A node cannot register through another relay: its address would not be its own.
                 _ => self.close(now, index, "this node is not a relay"),

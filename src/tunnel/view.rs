@@ -1,10 +1,13 @@
 //! What the tunnel shows of itself.
 
 use super::{
-    PeerView, RelayLoad, RelayView, congestion::controller, control::Rank, disco::Mapping, home::Shown, node::Node,
-    path::Path, peer::Peer,
+    PeerView, RelayView, congestion::controller, control::Rank, disco::Mapping, home::Shown, node::Node, path::Path,
+    peer::Peer,
 };
-use std::time::Instant;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 /// How much a node holds: what must not grow with its age.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,13 +28,16 @@ pub struct Sizes {
     /// Datagrams that would go again by the relay.
     pub shadow_bytes: usize,
     pub remembered: usize,
-    pub relay: RelayLoad,
+    /// Of a relay: who is registered, and which pairs have a flow.
+    pub relay_nodes: usize,
+    pub relay_flows: usize,
 }
 
 impl Node {
     #[must_use]
     pub fn sizes(&self) -> Sizes {
         let (flows, disco_ids) = self.peers.index_sizes();
+        let relay = self.relay_load().unwrap_or_default();
         Sizes {
             slots: self.slots.iter().count(),
             handles: self.by_handle.len(),
@@ -45,13 +51,14 @@ impl Node {
             outbox_bytes: self.outbox.len(),
             shadow_bytes: self.slots.iter().flat_map(|(_, s)| &s.recent).map(Vec::len).sum(),
             remembered: self.peers.of_before.len(),
-            relay: self.relay_load().unwrap_or_default(),
+            relay_nodes: relay.nodes,
+            relay_flows: relay.flows,
         }
     }
 
     pub(super) fn describe(&self, path: Path) -> String {
         match path {
-            Path::Direct(address) => address.to_string(),
+            Path::Direct(way) => way.to_string(),
             Path::Relay { relay, .. } => {
                 format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
             }
@@ -117,6 +124,14 @@ impl Node {
             return "not direct yet: it has not said where it may be reached".into();
         }
         let tried = peer.paths.tried();
-        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}", self.mapping(), peer.mapping)
+        // Between two that have IPv6 there are firewalls at most, and those are punched through like NATs.
+        let global = |a: &SocketAddr| matches!(a.ip(), IpAddr::V6(ip) if !ip.is_unique_local());
+        let ipv6 = match (self.local.iter().any(global), peer.paths.candidates.have_ipv6()) {
+            (true, true) => "; IPv6 at both ends, and it does not pass",
+            (true, false) => "; IPv6 only here",
+            (false, true) => "; IPv6 only there",
+            (false, false) => "",
+        };
+        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}{ipv6}", self.mapping(), peer.mapping)
     }
 }

@@ -30,17 +30,22 @@ def nat_of(kind):
 
 def direct_possible(a, b):
     """The oracle: both know the other's mapping towards a relay and answer the source that they see. A packet gets in
-    where its sender's mapping is the one that was told, or where the filter does not ask for the port."""
+    where its sender's mapping is the one that was told, or where the filter does not ask for the port; and where the
+    port that a sender will have can be foretold, because it comes next, by one whose own is sure."""
     def passes(sender, receiver):
         return nat_of(sender)[0] == "EI" or nat_of(receiver)[1] != "APD"
-    return passes(a, b) and passes(b, a)
+
+    def foretold(sure, sequential):
+        return nat_of(sure)[0] == "EI" and sequential == "symmetric"
+    return passes(a, b) and passes(b, a) or foretold(a, b) or foretold(b, a)
 
 
 def words(kind):
     """How `weft peers` names a mapping."""
     if kind == "none":
         return "no NAT"
-    return f"{'endpoint-independent' if nat_of(kind)[0] == 'EI' else 'address-dependent'} mapping"
+    order = " with sequential ports" if kind == "symmetric" else ""
+    return f"{'endpoint-independent' if nat_of(kind)[0] == 'EI' else 'address-dependent'} mapping{order}"
 
 
 class Sink:
@@ -106,6 +111,7 @@ class End:
         self.net, self.number, self.node, self.address, self.kind = net, number, node, address, kind
         self.name, self.vip, self.router = f"edge-{number}", f"10.96.1.{number}", router
         self.agent, self.sinks, self.stops, self.poured = None, {}, {}, {}
+        self.relays = None  # of its bundle; None: all
         self.server = Service(node, FLOW_PORT, self._serve)
 
     @property
@@ -156,7 +162,7 @@ class End:
         self.serving()
 
     def serving(self):
-        wait_for(lambda: self.agent.serving(len(self.net.at)), READY, 0.01,
+        wait_for(lambda: self.agent.serving(len(self.relays or self.net.at)), READY, 0.01,
                  lambda: f"{self.name} serves and is registered; its log:\n{self.agent.tail()}")
 
 
@@ -200,7 +206,7 @@ class Net:
         services = [service(e.name, e.vip, VIP_PORT, [(e.address, e.name)], FLOW_PORT) for e in self.ends]
         for e in self.ends:
             config = {"dns": {"enable": False}, "service": services}
-            e.agent = Agent(e.node, e.name, self.authority.issue(e.name, self.at), config)
+            e.agent = Agent(e.node, e.name, self.authority.issue(e.name, e.relays or self.at), config)
         for relay in self.relays:
             relay.start()
         if edges:

@@ -117,10 +117,11 @@ impl Stage {
         self.sites.iter().chain(&self.relays).find(|s| s.host == host).unwrap()
     }
 
-    /// The oracle for a pair of nodes.
-    pub fn direct_possible(&self, a: usize, b: usize) -> bool {
+    /// The oracle for a pair of nodes. None where a port must be foretold: others may take it first.
+    pub fn direct_possible(&self, a: usize, b: usize) -> Option<bool> {
         let (a, b) = (self.site(a), self.site(b));
-        a.lan == b.lan || a.kind.direct_possible(b.kind)
+        let sure = a.lan == b.lan || a.kind.passes(b.kind);
+        (sure || !a.kind.direct_possible(b.kind)).then_some(sure)
     }
 
     pub fn path(&self, host: usize, peer: usize) -> &'static str {

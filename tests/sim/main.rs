@@ -7,17 +7,20 @@ mod direct;
 mod faults;
 mod heap;
 mod line;
+mod many;
 mod mended;
 mod nat;
 mod pair;
 mod rates;
 mod recall;
 mod relayed;
+mod relays;
 mod scenario;
 mod shards;
 mod soak;
 mod strangers;
 mod traffic;
+mod uplinks;
 mod world;
 
 thread_local! {

@@ -158,7 +158,7 @@ impl Life {
             }
         }
         for (a, b) in self.pairs() {
-            if self.stage.path(a, b) == "direct" && !self.stage.direct_possible(a, b) {
+            if self.stage.path(a, b) == "direct" && self.stage.direct_possible(a, b) == Some(false) {
                 return Err(format!("{a} has a direct path to {b}, which the oracle rules out"));
             }
         }
@@ -186,9 +186,13 @@ impl Life {
                     State::Asking => late = format!("no answer to a stream from {a} to {b}"),
                     State::Live | State::Done => {}
                 }
-                let best = if self.stage.direct_possible(*a, *b) { "direct" } else { "relay" };
                 let path = self.stage.path(*a, *b);
-                if path != best {
+                let best = match self.stage.direct_possible(*a, *b) {
+                    Some(true) => "direct",
+                    Some(false) => "relay",
+                    None => path,
+                };
+                if path != best || path == "none" {
                     late = format!("{a} reaches {b} by {path} and not by {best}");
                 }
             }
@@ -240,8 +244,8 @@ fn bounded(s: &Sizes) -> Result<(), String> {
     let fits = s.slots <= 320
         && s.streams <= 4096
         && s.peers <= 1000
-        && s.candidates <= 32 * s.peers
-        && s.probes <= 128 * s.peers
+        && s.candidates <= 64 * s.peers
+        && s.probes <= 256 * s.peers
         && s.handles == s.slots
         && s.flows <= 2 * s.peers
         && s.disco_ids <= s.peers

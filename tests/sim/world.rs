@@ -18,7 +18,7 @@ use weft::{
     metrics::TunnelCounters,
     table::model::{Protocol, ServiceId},
     tunnel::{
-        Key, Link, Open, Progress, Refusal, RelaySpec,
+        Key, Link, Open, Progress, Refusal, RelaySpec, Way,
         identity::{Authority, Certificate, KeyPair, Request, Roles, Secret},
         node::{Event, Node, NodeConfig, Output},
         noise::Local,
@@ -77,6 +77,13 @@ pub struct Host {
     pub nats: Vec<usize>,
 }
 
+/// One more address of a host's, and the NATs that it is behind.
+pub struct Uplink {
+    pub host: usize,
+    pub address: SocketAddr,
+    pub nats: Vec<usize>,
+}
+
 type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
 
 pub struct World {
@@ -94,6 +101,11 @@ pub struct World {
     pub duplicate: f64,
     pub congestion: Congestion,
     pub nats: Vec<Nat>,
+    /// What the way between two public addresses takes on top of `delay`.
+    pub far: Vec<(IpAddr, IpAddr, Duration)>,
+    pub uplinks: Vec<Uplink>,
+    /// Addresses of hosts by which nothing passes.
+    pub down: BTreeSet<IpAddr>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
     /// What all datagrams pass, in order; None: each takes its own time.
@@ -130,6 +142,9 @@ impl World {
             duplicate: 0.0,
             congestion: Congestion::Auto,
             nats: Vec::new(),
+            far: Vec::new(),
+            uplinks: Vec::new(),
+            down: BTreeSet::new(),
             blocked: Vec::new(),
             line: None,
             record: false,
@@ -166,6 +181,7 @@ impl World {
             relays,
             profile: Profile::Router,
             congestion: self.congestion,
+            relay_limits: Default::default(),
             lan: true,
             gso: 10,
             seed: Some(seed),
@@ -248,11 +264,16 @@ impl World {
     }
 
     /// Out through the sender's NATs: the source that the internet sees. None: it cannot leave.
-    fn leave(&mut self, host: usize, to: SocketAddr) -> Option<SocketAddr> {
-        let mut source = self.hosts[host].address;
+    fn leave(&mut self, host: usize, to: SocketAddr, local: Option<IpAddr>) -> Option<SocketAddr> {
+        let first = (self.hosts[host].address, self.hosts[host].nats.clone());
+        let more = self.uplinks.iter().filter(|u| u.host == host).map(|u| (u.address, u.nats.clone()));
+        let fits = |a: SocketAddr| local.map_or_else(|| a.is_ipv6() == to.is_ipv6(), |ip| ip == a.ip());
+        let (mut source, chain) = std::iter::once(first).chain(more).find(|(a, _)| fits(*a))?;
+        if self.down.contains(&source.ip()) {
+            return None;
+        }
         let private =
             |a: SocketAddr| matches!(a.ip(), IpAddr::V4(ip) if matches!(ip.octets(), [192, 168, ..] | [100, 64, ..]));
-        let chain = self.hosts[host].nats.clone();
         for nat in chain {
             if self.nats[nat].public == to.ip() && !self.nats[nat].hairpin {
                 return None;
@@ -262,20 +283,27 @@ impl World {
         (!private(to) && !private(source)).then_some(source)
     }
 
-    /// In through the receiver's NATs: the host.
-    fn arrive(&mut self, from: SocketAddr, mut to: SocketAddr) -> Option<usize> {
+    /// In through the receiver's NATs: the host, and which of its addresses.
+    fn arrive(&mut self, from: SocketAddr, mut to: SocketAddr) -> Option<(usize, IpAddr)> {
         let now = self.now;
         while let Some(nat) = self.nats.iter_mut().find(|n| n.public == to.ip()) {
-            to = nat.inbound(now, from, to.port())?;
+            let inside = nat.inbound(now, from, to.port())?;
+            let firewall = inside.ip() == to.ip();
+            to = inside;
+            if firewall {
+                break;
+            }
         }
-        self.hosts.iter().position(|h| h.address == to)
+        let first = self.hosts.iter().position(|h| h.address == to);
+        let host = first.or_else(|| self.uplinks.iter().find(|u| u.address == to).map(|u| u.host));
+        host.map(|host| (host, to.ip())).filter(|(_, ip)| !self.down.contains(ip))
     }
 
-    fn launch(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
+    fn launch(&mut self, host: usize, to: SocketAddr, local: Option<IpAddr>, bytes: Vec<u8>) {
         let from = self.hosts[host].address;
         // On one LAN there is no NAT between.
         let same = |h: &Host| h.address == to && h.nats == self.hosts[host].nats;
-        let source = if self.hosts.iter().any(same) { Some(from) } else { self.leave(host, to) };
+        let source = if self.hosts.iter().any(same) { Some(from) } else { self.leave(host, to, local) };
         if let Some(source) = source {
             self.inject(source, to, bytes);
         }
@@ -295,10 +323,12 @@ impl World {
             }
             return;
         }
+        let between = |(a, b, _): &&(IpAddr, IpAddr, Duration)| [(*a, *b), (*b, *a)].contains(&(from.ip(), to.ip()));
+        let delay = self.delay + self.far.iter().find(between).map_or(Duration::ZERO, |(_, _, more)| *more);
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
         for _ in 0..copies {
             self.serial += 1;
-            let at = self.now + self.delay.mul_f64(1.0 + (self.rng.f64() * 2.0 - 1.0) * self.jitter);
+            let at = self.now + delay.mul_f64(1.0 + (self.rng.f64() * 2.0 - 1.0) * self.jitter);
             self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
         }
     }
@@ -310,12 +340,12 @@ impl World {
         loop {
             let host = &mut self.hosts[at];
             match host.node.poll_output(self.now, &mut buf) {
-                Output::Send { to, segment } => {
+                Output::Send { to, local, segment } => {
                     let (from, cut) = (host.address, host.cut);
                     *self.sent.entry(from).or_default() += buf.len() as u64;
                     for datagram in buf.chunks(segment.unwrap_or(buf.len())) {
                         if !cut {
-                            self.launch(at, to, datagram.to_vec());
+                            self.launch(at, to, local, datagram.to_vec());
                         }
                     }
                 }
@@ -341,6 +371,11 @@ impl World {
         self.hosts
             .iter()
             .position(|h| h.address == source || h.nats.iter().any(|n| self.nats[*n].public == source.ip()))
+            .or_else(|| {
+                let of =
+                    |u: &&Uplink| u.address == source || u.nats.iter().any(|n| self.nats[*n].public == source.ip());
+                self.uplinks.iter().find(of).map(|u| u.host)
+            })
     }
 
     /// Lets go of what only the world itself holds.
@@ -376,13 +411,15 @@ impl World {
         if flight == Some(next) {
             let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
             let sender = self.owner(from);
-            if let Some(at) = self.arrive(from, to).filter(|at| !self.hosts[*at].cut && !self.hosts[*at].frozen) {
+            let stands = |h: &Host| h.cut || h.frozen;
+            if let Some((at, local)) = self.arrive(from, to).filter(|(at, _)| !stands(&self.hosts[*at])) {
                 let pair = sender.map(|s| (s.min(at), s.max(at)));
                 let len = bytes.len();
                 if pair.is_none_or(|p| !self.blocked.contains(&p)) {
                     crate::turn(Some(at), self.now - self.born);
                     log::trace!("{from} → {to}: {len} bytes, {:02x}", bytes[0]);
-                    self.hosts[at].node.handle_datagrams(self.now, from, &mut bytes, len);
+                    let way = Way { remote: from, local: Some(local) };
+                    self.hosts[at].node.handle_datagrams(self.now, way, &mut bytes, len);
                     self.touch(at);
                 }
             }

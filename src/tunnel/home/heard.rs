@@ -1,6 +1,9 @@
 //! What relays tell us, of themselves and of each other.
 
-use super::{Action, Home, Homes, LOOK, RETRY_FIRST, RelaySpec, State, up::Up};
+use super::{
+    Action, Home, Homes, LOOK, RETRY_FIRST, RelaySpec, State,
+    up::{BESIDE, Up},
+};
 use crate::tunnel::{
     control::{Control, RelayAt, parse_header},
     identity::Certificate,
@@ -102,11 +105,9 @@ impl Homes {
         let chosen = self.is_chosen(relay);
         let Some(home) = self.list.get_mut(relay) else { return false };
         match message {
+            Control::Pong { nonce: BESIDE, observed, .. } => actions.push(Action::Tried(observed)),
             Control::Pong { nonce, observed, serial, load } => {
                 let Some(up) = home.up_mut() else { return false };
-                if up.kept && up.observed.is_some_and(|old| old != observed) {
-                    actions.push(Action::Seen);
-                }
                 if up.pong(now, nonce, observed, load, chosen) {
                     let name = &home.certificate.name;
                     log::info!(target: "tunnel", "registered at relay {name}, which sees us as {observed}");
