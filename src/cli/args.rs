@@ -8,7 +8,7 @@ use crate::{
 use argh::FromArgs;
 use std::path::PathBuf;
 
-pub(super) const SOCKET: &str = "/run/weft.sock";
+pub(super) const SOCKET: &str = "/run/weft/weft.sock";
 const CA_DIR: &str = "weft-ca";
 /// Two years: long enough to live through without a visit, short enough to be renewed by somebody who remembers.
 const DAYS: u64 = 730;
@@ -60,7 +60,7 @@ pub(super) struct Status {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -72,7 +72,7 @@ pub(super) struct Peers {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -87,7 +87,7 @@ pub(super) struct Services {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -102,7 +102,7 @@ pub(super) struct Resolve {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -186,7 +186,7 @@ pub(super) struct CaShow {
 #[derive(FromArgs)]
 #[argh(subcommand, name = "cleanup")]
 pub(super) struct Cleanup {
-    /// the admin socket that tells whether an agent still runs (default: /run/weft.sock)
+    /// the admin socket that tells whether an agent still runs (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }

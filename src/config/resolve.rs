@@ -73,7 +73,7 @@ impl Default for Config {
                 relays: Vec::new(),
             },
             relay: RelayConfig { enable: false, limits: RelayLimits::default() },
-            admin: AdminConfig { socket: PathBuf::from("/run/weft.sock") },
+            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock") },
             services: Vec::new(),
         }
     }
