@@ -36,7 +36,7 @@ def untar(content):
         for member in tar.getmembers():
             expect((member.uid, member.gid) == (0, 0), f"{member.name} is not root's")
             expect(member.isdir() or member.isfile(), f"{member.name} is neither file nor directory")
-            out[member.name.removeprefix("./")] = (member, tar.extractfile(member).read() if member.isfile() else None)
+            out[member.name.removeprefix(".").removeprefix("/")] = (member, tar.extractfile(member).read() if member.isfile() else None)
     return out
 
 

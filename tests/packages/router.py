@@ -51,7 +51,7 @@ class Router:
             ip link set lo up
             echo ready; exec sleep 86400"""
         self.holder = subprocess.Popen(["unshare", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child",
-                                        "sh", "-ec", mounts], stdout=subprocess.PIPE, text=True)
+                                        "sh", "-ec", mounts], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         expect(self.holder.stdout.readline() == "ready\n", "no namespaces")
         children = read(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").split()
         self.init = int(children[0])
@@ -298,7 +298,9 @@ def cases(report):
         shutil.copy(package, f"{router.top}/root/")
         weft = f"{ROOT}/target/cross/{HOST}-unknown-linux-musl/release/weft"
         sh(weft, "ca", "init", "--dir", f"{router.top}/tmp/ca")
-        sh(weft, "ca", "issue", "--dir", f"{router.top}/tmp/ca", "--node", "edge-1", "--relay", "relay-1@192.0.2.9:7843",
+        issue = (weft, "ca", "issue", "--dir", f"{router.top}/tmp/ca")
+        sh(*issue, "--node", "relay-1", "--role", "relay", "--out", f"{router.top}/tmp/relay-1.bundle")
+        sh(*issue, "--node", "edge-1", "--relay", "relay-1@192.0.2.9:7843",
            "--out", f"{router.top}/root/edge-1.bundle")
         before |= {p: c for p, c in router.tree().items() if p.startswith("root/")}
         for name, case, *more in (("install", installed, package), ("first-minutes", first_minutes), ("dnsmasq", knows_dnsmasq),
