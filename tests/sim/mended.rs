@@ -35,14 +35,22 @@ fn reaches(stage: &mut Stage, traffic: &mut Traffic, from: usize, to: usize, sec
 #[test]
 fn a_restarted_peer_that_dials_first_ends_the_streams_of_before() {
     for seed in seeds(10) {
-        let (mut stage, mut traffic, a, b) = pair(seed, Kind::SymmetricRandom, 1);
-        stage.apply(&Fault::Crash { host: b, remembers: false });
-        traffic.crashed(b);
-        // Its new connection and the dead one share a path.
-        assert!(reaches(&mut stage, &mut traffic, b, a, 5), "seed {seed}");
-        traffic.flush(&mut stage.world);
-        let told = |t: &mut Traffic, _: &mut _| matches!(t.flows[0].state, State::Broken(_));
-        assert!(traffic.run(&mut stage.world, 8 * SEC, told), "seed {seed}: {}", traffic.flows[0]);
+        // Whose handshake it was must make no difference.
+        for swap in [false, true] {
+            let (mut stage, mut traffic, a, b) = pair(seed, Kind::SymmetricRandom, 1);
+            let (stays, restarts) = if swap { (b, a) } else { (a, b) };
+            traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+            let flow = traffic.open(&mut stage.world, &stage.names, stays, restarts, 5000);
+            traffic.run(&mut stage.world, SEC, |_, _| false);
+            assert_eq!(traffic.flows[flow].state, State::Live, "seed {seed}, {swap}");
+            stage.apply(&Fault::Crash { host: restarts, remembers: false });
+            traffic.crashed(restarts);
+            // Its new connection and the dead one share a path.
+            assert!(reaches(&mut stage, &mut traffic, restarts, stays, 5), "seed {seed}, {swap}");
+            traffic.flush(&mut stage.world);
+            let told = |t: &mut Traffic, _: &mut _| matches!(t.flows[flow].state, State::Broken(_));
+            assert!(traffic.run(&mut stage.world, 8 * SEC, told), "seed {seed}, {swap}: {}", traffic.flows[flow]);
+        }
     }
 }
 
