@@ -2,7 +2,7 @@
 
 use super::{
     wire::{self, HEADER, Query, Reject, Reply, Section, class, flag, kind, rcode},
-    zone::{Asked, Lower, OfService, Zone, endpoint_label},
+    zone::{Asked, Lower, OfService, Zone, endpoint_label, pod_address},
 };
 use crate::{
     config::PodNames,
@@ -357,7 +357,8 @@ impl<'t> Writer<'_, 't> {
     /// where there are none.
     fn endpoint_addresses(&mut self, service: &Service, name: Option<&str>) -> Step<'t> {
         let mut addresses = std::mem::take(self.addresses);
-        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(e, n)));
+        let address = name.and_then(pod_address);
+        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(e, n, address)));
         addresses.extend(named.map(|e| (self.table.nearness(&self.zone.here, e), e.address)));
         addresses.sort_unstable_by_key(|(near, address)| (*address, *near));
         addresses.dedup_by_key(|(_, address)| *address);
@@ -380,7 +381,13 @@ impl<'t> Writer<'_, 't> {
         self.table.endpoints(&service.id).filter(|(_, e)| e.ready)
     }
 
-    fn called(&self, endpoint: &Endpoint, name: &str) -> bool {
+    /// `address` is the one that the name spells: an address is compared sooner than written.
+    fn called(&self, endpoint: &Endpoint, name: &str, address: Option<IpAddr>) -> bool {
+        let by_name = endpoint.hostname.is_some() || self.zone.pod_names && endpoint.pod.is_some();
+        let plain = endpoint.address.to_canonical() == endpoint.address;
+        if !by_name && plain && address != Some(endpoint.address) {
+            return false;
+        }
         endpoint_label(endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
     }
 

@@ -1,5 +1,6 @@
 """DNS servers in namespaces, pinned to one core, and what loads them from the other: for `dns` and `dns_stress`."""
 import contextlib
+import glob
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from natlab import wait_for, weft  # noqa: E402
 TICK = os.sysconf("SC_CLK_TCK")
 SERVER_CORE, LOAD_CORE = "0", "1"
 URGENT = ("chrt", "-f", "1")
+# What is loaded, and what loads it: others on this machine get less, and still their share.
+AHEAD = ("nice", "-n", "-10")
 UPSTREAM = ("taskset", "-c", LOAD_CORE, "dnsmasq", "-k", "--no-hosts", "--no-resolv", "--bind-interfaces",
             "--listen-address=127.0.0.9", "--port=5390", "--local-ttl=3600", "--address=/foreign.example/192.0.2.9",
             "--conf-file=/dev/null", "--pid-file")
@@ -31,17 +34,20 @@ def install():
 
 
 def cpu_of(pid):
-    """In user mode and in the kernel, with its children, living or waited for: dnsmasq has one for each connection."""
-    used, todo = 0, [(pid, True)]
+    """Seconds in user mode and in the kernel, of all threads, and of its children: dnsmasq has one for each connection.
+    Those that have ended are known to a tick only."""
+    used, todo = 0.0, [pid]
     while todo:
-        pid, first = todo.pop()
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/stat", encoding="ascii") as f:
-                fields = f.read().rsplit(")", 1)[1].split()
-            with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as f:
-                todo += [(int(child), False) for child in f.read().split()]
-            used += sum(map(int, fields[11:15 if first else 13]))
-    return used / TICK
+        pid = todo.pop()
+        for thread in glob.glob(f"/proc/{pid}/task/*"):
+            with contextlib.suppress(OSError):
+                with open(f"{thread}/schedstat", encoding="ascii") as f:
+                    used += int(f.read().split()[0]) / 1e9
+                with open(f"{thread}/children", encoding="ascii") as f:
+                    todo += map(int, f.read().split())
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii") as f:
+            used += sum(map(int, f.read().rsplit(")", 1)[1].split()[13:15])) / TICK
+    return used
 
 
 @contextlib.contextmanager
@@ -58,7 +64,8 @@ class Server:
     def __init__(self, node, name, argv, address, port, env=None):
         self.node, self.name, self.address, self.port = node, name, address, port
         env = {**os.environ, "WEFT_LOG": "warn", "GOMAXPROCS": "1", **(env or {})}
-        self.process = node.spawn("taskset", "-c", SERVER_CORE, *argv, env=env, log=f"{node.lab.folder}/{node.name}-{name}.log")
+        log = f"{node.lab.folder}/{node.name}-{name}.log"
+        self.process = node.spawn(*AHEAD, "taskset", "-c", SERVER_CORE, *argv, env=env, log=log)
 
     def at(self, name, address, port):
         """The same process by another address."""
@@ -66,7 +73,7 @@ class Server:
         other.__dict__.update({**self.__dict__, "name": name, "address": address, "port": port})
         return other
 
-    def load(self, names, seconds, *options, first=()):
+    def load(self, names, seconds, *options, first=AHEAD):
         """Queries completed, CPU seconds of the server meanwhile, and what dnsperf printed."""
         before = cpu_of(self.process.pid)
         said = self.node.run(*first, "taskset", "-c", LOAD_CORE, "dnsperf", "-s", self.address, "-p", str(self.port), "-d", names,
@@ -78,10 +85,14 @@ class Server:
             raise SystemExit(f"{self.name}: {said}")
         return done, used, said
 
-    def latencies(self, names, seconds, rate):
-        """µs, sorted, at so many queries a second, which take little of a core: others on this machine wait for them."""
+    def alone(self, names, seconds, *options):
+        """The same, while nothing else on this machine runs."""
         with urgent(self.process.pid):
-            _, _, said = self.load(names, seconds, "-Q", str(rate), "-v", first=URGENT)
+            return self.load(names, seconds, *options, first=URGENT)
+
+    def latencies(self, names, seconds, rate):
+        """µs, sorted, at so many queries a second."""
+        _, _, said = self.alone(names, seconds, "-Q", str(rate), "-v")
         return sorted(float(t) * 1e6 for t in re.findall(r"^> NOERROR \S+ \S+ ([\d.]+)", said, re.M))
 
     def ready(self, files):
