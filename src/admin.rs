@@ -180,6 +180,7 @@ impl Views {
             nodes,
             parts: (self.parts)(),
             relays: self.tunnel.iter().flat_map(tunnel::Handle::relays).map(Into::into).collect(),
+            nat: self.tunnel.as_ref().map_or_else(String::new, tunnel::Handle::nat),
             relaying: self.tunnel.as_ref().and_then(tunnel::Handle::relay_load).map(Into::into),
             peers: self.tunnel.iter().flat_map(tunnel::Handle::peers).filter(|p| p.path != "none").count(),
             counters,

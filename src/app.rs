@@ -180,7 +180,7 @@ fn reload(start: &Start, table: &Writer<Table>) {
 }
 
 /// `[[service]]` is one complete list.
-fn feed(table: &Writer<Table>, services: &[StaticService]) {
+pub(crate) fn feed(table: &Writer<Table>, services: &[StaticService]) {
     table.update(|t| {
         for change in statics::changes(services) {
             t.apply(change);
@@ -192,6 +192,11 @@ fn feed(table: &Writer<Table>, services: &[StaticService]) {
 /// The sources whose last known state counts until they speak themselves.
 fn restorable(config: &Config) -> Vec<Source> {
     (!config.kube.manifests.is_empty()).then_some(Source::Manifests).into_iter().collect()
+}
+
+/// What the agent would call itself.
+pub(crate) fn name(config: &Config, bundle: Option<&Bundle>, host: &str) -> anyhow::Result<String> {
+    checks::name(config, bundle, host)
 }
 
 fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {

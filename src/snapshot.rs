@@ -72,6 +72,13 @@ impl Found {
         self.0.as_ref().ok().and_then(Option::as_ref).map_or(0, |saved| saved.meta.unix)
     }
 
+    /// Feeds a table with all that it holds, whosever it is.
+    pub fn pour(self, table: &Writer<Table>) {
+        if let Ok(Some(saved)) = self.0 {
+            table.update(|t| saved.restore(t, &[Source::Manifests, Source::Api]));
+        }
+    }
+
     /// Feeds the table with the objects of these sources, as lists that are complete and may be stale. Nothing is
     /// taken from another node's snapshot or another cluster's.
     #[must_use]
