@@ -64,6 +64,7 @@ pub mod notify;
 pub mod portmap;
 pub mod proxy;
 pub mod pump;
+mod reload;
 pub mod resolver;
 pub mod rules;
 pub mod setup;

@@ -152,7 +152,7 @@ pub struct Setup {
     pub node: String,
     pub cluster: Option<[u8; 32]>,
     pub table: Reader<Table>,
-    pub tunnel: Option<tunnel::Handle>,
+    pub tunnel: Reader<Option<tunnel::Handle>>,
     pub clock: Clock,
     pub pace: Pace,
 }
@@ -237,7 +237,7 @@ impl Keeper {
 
     /// Writes what has changed since the last time.
     async fn keep(&mut self) -> anyhow::Result<()> {
-        let remembered = self.setup.tunnel.as_ref().map(tunnel::Handle::remembered).unwrap_or_default();
+        let remembered = self.setup.tunnel.read(|t| t.as_ref().map(tunnel::Handle::remembered)).unwrap_or_default();
         let peers = codec::encode_peers(&remembered);
         let new = State {
             version: self.setup.table.read(Table::version),

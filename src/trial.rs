@@ -139,13 +139,17 @@ pub(crate) fn relays(config: &Config, bundle: Bundle, port_is_free: bool) -> (Ve
                 Timer::after(LOOK).await;
             }
         };
-        or(answered, async { drop(Timer::after(RELAYS).await) }).await;
+        or(answered, late(RELAYS)).await;
         let seen = handle.relays().into_iter().map(Into::into).collect();
         let nat = handle.nat();
-        or(handle.close(), async { drop(Timer::after(GOODBYE).await) }).await;
+        or(handle.close(), late(GOODBYE)).await;
         task.cancel().await;
         (seen, nat)
     }))
+}
+
+async fn late(time: Duration) {
+    Timer::after(time).await;
 }
 
 /// As the C library does it: nothing else waits here.

@@ -68,6 +68,7 @@ pub(super) struct RawProxy {
     pub(super) external_ips: Option<bool>,
     pub(super) mark: Number,
     pub(super) max_connections: Number,
+    pub(super) drain: Number,
 }
 
 #[derive(Default, Deserialize)]
