@@ -76,7 +76,7 @@ mod tests {
             Timer::after(Duration::from_millis(200)).await;
         };
         block_on(or(notify.live(), twice));
-        let mut got = || {
+        let got = || {
             let mut buffer = [0; 64];
             let n = manager.recv(&mut buffer).unwrap();
             String::from_utf8_lossy(&buffer[..n]).into_owned()

@@ -28,8 +28,15 @@ pub fn rights(status: &str) -> Line {
 pub fn device(made: Result<&str, String>) -> Line {
     match made {
         Ok(kind) => ok("device", &["weft0 can be a ", kind]),
-        Err(why) => fail("device", &[&why], &["load the module dummy or bridge (OpenWrt: kmod-dummy)"]),
+        Err(why) => {
+            fail("device", &[&why], &[unless_denied(&why, "load the module dummy or bridge (OpenWrt: kmod-dummy)")])
+        }
     }
+}
+
+/// A module does not help where a right is missing.
+fn unless_denied<'a>(why: &str, remedy: &'a str) -> &'a str {
+    if why.contains("CAP_NET_ADMIN") { "run weft as root" } else { remedy }
 }
 
 /// How rules can be written.
@@ -85,7 +92,8 @@ pub fn rules(w: &Writers) -> Line {
     match &w.nft {
         Some(Ok(())) => ok("rules", &["written into nf_tables; iptables: ", flavour, legacy]),
         Some(Err(_)) if w.wanted == Backend::Nft => {
-            fail("rules", &["nf_tables: ", nft], &["load nft_nat, nft_ct and nft_reject (OpenWrt: kmod-nft-nat)"])
+            let remedy = unless_denied(nft, "load nft_nat, nft_ct and nft_reject (OpenWrt: kmod-nft-nat)");
+            fail("rules", &["nf_tables: ", nft], &[remedy])
         }
         Some(Err(_)) | None => fail(
             "rules",
