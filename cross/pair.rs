@@ -55,13 +55,12 @@ fn make(dir: &Path) -> anyhow::Result<()> {
 
 fn run(dir: &Path, port: Option<u16>) -> anyhow::Result<()> {
     let name = if port.is_some() { "near" } else { "far" };
-    let mut bundle = ca::read_bundle(&dir.join(name))?;
+    let bundle = ca::read_bundle(&dir.join(name))?;
     let mut config = Config::default().tunnel;
     config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.lan = false;
     config.port_mapping = false;
     if let Some(port) = port {
-        bundle.relays.clear();
         config.relays = vec![format!("far@127.0.0.1:{port}").parse().map_err(anyhow::Error::msg)?];
     }
     let setup = tunnel::Setup {
