@@ -44,7 +44,11 @@ fn make(dir: &Path) -> anyhow::Result<()> {
             network: String::new(),
             days: 1,
             public_key: None,
-            relays: if node == "near" { vec!["far@127.0.0.1:1".parse::<RelayName>().map_err(anyhow::Error::msg)?] } else { vec![] },
+            relays: if node == "near" {
+                vec!["far@127.0.0.1:1".parse::<RelayName>().map_err(anyhow::Error::msg)?]
+            } else {
+                vec![]
+            },
         };
         let bundle = ca.issue(order, now)?;
         ca.keep(&bundle.certificate)?;
