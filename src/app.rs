@@ -20,6 +20,7 @@ use crate::{
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
+    sorted::Set,
     sys,
     table::{
         Table,
@@ -41,7 +42,6 @@ use shown::Shown;
 use smol::{LocalExecutor, Timer};
 use std::{
     cell::RefCell,
-    collections::BTreeSet,
     fs,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
@@ -313,7 +313,7 @@ impl Wiring<'_> {
             node: self.node.as_str().into(),
             network: checks::network(self.config, self.bundle.as_ref()).into(),
             zone: self.config.node.zone.as_str().into(),
-            neighbours: BTreeSet::new(),
+            neighbours: Set::new(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Which names are ours, and what a name asks for: syntax only, no table.
 
 use super::wire::{NAME_MAX, encode_name};
+use crate::sorted::Set;
 use crate::{
     config::{DnsConfig, PodNames},
     table::{
@@ -10,7 +11,6 @@ use crate::{
 };
 use anyhow::Context as _;
 use std::{
-    collections::BTreeSet,
     io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
@@ -32,7 +32,7 @@ pub struct Zone {
     /// Who we are: the nearest endpoints are told first.
     pub here: Here,
     /// Namespaces that are shown; None: all.
-    pub namespaces: Option<BTreeSet<String>>,
+    pub namespaces: Option<Set<String>>,
     /// An endpoint without a hostname is called after its Pod.
     pub pod_names: bool,
     /// A Service with virtual addresses and no ready endpoint does not exist.

@@ -1,11 +1,11 @@
 //! What one file says on its way into the table, with the bounds of all files together.
 
 use super::{files::Sink, item::Read};
+use crate::sorted::Map;
 use crate::table::{
     Table,
     model::{Change, Name, Object, ObjectId, Source},
 };
-use std::collections::BTreeMap;
 
 /// Objects of all files together; those beyond are left out with an error.
 pub const OBJECTS_MAX: usize = 65_536;
@@ -47,7 +47,7 @@ pub(super) struct Wanted {
 pub(super) struct Loading<'k> {
     pub(super) at: usize,
     /// What broken files named, with their place: a file before them must not take it over.
-    pub(super) kept: &'k BTreeMap<ObjectId, usize>,
+    pub(super) kept: &'k Map<ObjectId, usize>,
     wanted: Wanted,
     pub(super) ids: Vec<ObjectId>,
     /// Of all files so far.
@@ -60,7 +60,7 @@ pub(super) struct Loading<'k> {
 impl<'k> Loading<'k> {
     pub(super) fn new(
         at: usize,
-        kept: &'k BTreeMap<ObjectId, usize>,
+        kept: &'k Map<ObjectId, usize>,
         objects: usize,
         endpoints: usize,
         wanted: Wanted,

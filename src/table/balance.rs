@@ -5,9 +5,9 @@ use super::{
     model::{Affinity, Endpoint, Name, Protocol, Service, ServiceId, ServicePort},
 };
 use crate::config::Policy;
+use crate::sorted::Set;
 use lru::LruCache;
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     num::NonZeroUsize,
     time::{Duration, Instant},
@@ -31,7 +31,7 @@ pub struct Here {
     /// Empty: that of our Node object.
     pub zone: Name,
     /// The other nodes of our own, not empty network: dialled from here and not through the tunnel.
-    pub neighbours: BTreeSet<Name>,
+    pub neighbours: Set<Name>,
 }
 
 /// A kind of nearness, for `[balancer] prefer`.
