@@ -58,6 +58,7 @@ tables! {
         pub(super) external_ips: Option<bool>,
         pub(super) mark: Number,
         pub(super) max_connections: Number,
+        pub(super) drain: Number,
     }
 
     pub(super) struct RawBalancer {

@@ -1,5 +1,6 @@
 //! The primitives of our Noise handshakes: SHA-256 is ring's, which is here anyway, the others are snow's own.
 
+use super::keys::fill;
 use ring::digest::{Context, SHA256, SHA256_OUTPUT_LEN};
 use snow::{
     params::{CipherChoice, DHChoice, HashChoice, NoiseParams},
@@ -46,7 +47,7 @@ struct Seeded(fastrand::Rng);
 
 impl Random for Seeded {
     fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        self.0.fill(dest);
+        fill(&mut self.0, dest);
         Ok(())
     }
 }
