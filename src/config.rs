@@ -4,6 +4,7 @@
 mod dns;
 mod error;
 mod raw;
+pub(crate) mod read;
 mod resolve;
 mod service;
 

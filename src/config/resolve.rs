@@ -4,7 +4,7 @@ use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
     raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel},
-    service,
+    read, service,
 };
 use crate::tunnel::{
     Rate, RelayLimits,
@@ -83,7 +83,7 @@ impl Config {
     /// # Errors
     /// The first mistake in the text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let raw: RawConfig = toml::from_str(text).map_err(|e| ConfigError::from_toml(text, e))?;
+        let raw: RawConfig = read::document(text).map_err(|e| ConfigError::from_mistake(text, e))?;
         let put = Put { text };
         let mut c = Self::default();
         put.node(&mut c.node, raw.node)?;

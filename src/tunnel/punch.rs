@@ -164,6 +164,16 @@ impl Paths {
         self.relay
     }
 
+    /// A direct path with no relay beside it, while there is no connection: it may have died unseen, since nobody could
+    /// ask the peer to open its NAT. From now on it is a guess.
+    pub(super) fn take_bare(&mut self) -> Option<Path> {
+        if self.relay.is_some() {
+            return None;
+        }
+        (self.suspect, self.silent_since) = (false, None);
+        self.current.take()
+    }
+
     /// The way that the data takes now, where it takes no relay's.
     fn direct(&self) -> Option<Way> {
         match self.current {
@@ -404,8 +414,8 @@ impl Paths {
         if self.next_ping.is_some() {
             self.silent_since.get_or_insert(now);
             self.ping(now, to, rng, out);
-        } else if self.relay.is_some() {
-            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay.
+        } else {
+            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay, or asks.
             self.current = self.relay;
         }
     }
@@ -569,5 +579,22 @@ mod tests {
         }
         assert!((20..=26).contains(&pings), "{pings}: 10 in the busy 10 s, then one each 25 s up to 300 s");
         assert_eq!(m.paths.poll_timeout(), None);
+        assert_eq!(m.paths.current(), Some(RELAY));
+    }
+
+    #[test]
+    fn a_path_that_is_left_alone_and_has_no_relay_beside_it_is_none_any_more() {
+        let mut m = Machine::new();
+        let address = m.direct("11.0.0.1:5");
+        assert!(!m.paths.set_relay(None));
+        assert_eq!(m.paths.current(), Some(Path::Direct(address)));
+        for _ in 0..400 {
+            for (_, what) in m.run(SEC) {
+                if let Do::Ping { txid, .. } = what {
+                    m.paths.ponged(m.now, txid, &mut Vec::new());
+                }
+            }
+        }
+        assert_eq!((m.paths.current(), m.paths.last_good()), (None, Some(address.remote)));
     }
 }
