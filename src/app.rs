@@ -70,7 +70,9 @@ pub struct Start {
 /// When a part cannot start or has ended; the text names it.
 pub fn run(start: Start) -> anyhow::Result<()> {
     let executor = Rc::new(LocalExecutor::new());
-    smol::block_on(executor.run(agent(Rc::clone(&executor), start)))
+    // A task, so that not every wake-up of another looks for signals.
+    let agent = executor.spawn(agent(Rc::clone(&executor), start));
+    smol::block_on(executor.run(agent))
 }
 
 /// Removes what a killed agent left in the kernel, and says what that was.

@@ -199,3 +199,23 @@ fn external_addresses_are_not_told_by_reverse_names() {
     let outcome = Answerer::new(zone()).reply(&query, Via::Udp, &table(true), &mut out);
     assert_eq!(outcome, Outcome::Forward);
 }
+
+#[test]
+fn an_endpoint_is_found_by_its_address_as_we_write_it_and_no_other_way() {
+    let mut table = table(true);
+    let Change::Apply(source, Object::Slice(mut slice)) = slice("many", 3) else { panic!() };
+    slice.endpoints[0].address = "fd00:244::31".parse().unwrap();
+    slice.endpoints[1].address = "::ffff:10.1.2.3".parse().unwrap();
+    slice.endpoints[2].hostname = Some("10-1-2-9".into());
+    table.apply(Change::Apply(source, Object::Slice(slice)));
+    for (label, kind, want) in [
+        ("fd00-244--31", kind::AAAA, rcode::NOERROR),
+        ("FD00-244--31", kind::AAAA, rcode::NOERROR),
+        ("fd00-0244--31", kind::AAAA, rcode::NXDOMAIN),
+        ("--ffff-10-1-2-3", kind::AAAA, rcode::NOERROR),
+        ("10-1-2-9", kind::A, rcode::NOERROR),
+        ("10-244-0-2", kind::A, rcode::NXDOMAIN),
+    ] {
+        assert_eq!(code(&table, &format!("{label}.many.shop.svc.cluster.local"), kind), want, "{label}");
+    }
+}
