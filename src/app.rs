@@ -5,6 +5,7 @@ mod shown;
 
 use crate::{
     admin::{Admin, Socket, Views, resolve},
+    api::{self, Api},
     ca,
     clock::{BUILT, Clock},
     config::{Config, StaticService},
@@ -191,7 +192,8 @@ fn feed(table: &Writer<Table>, services: &[StaticService]) {
 
 /// The sources whose last known state counts until they speak themselves.
 fn restorable(config: &Config) -> Vec<Source> {
-    (!config.kube.manifests.is_empty()).then_some(Source::Manifests).into_iter().collect()
+    let files = (!config.kube.manifests.is_empty()).then_some(Source::Manifests);
+    files.into_iter().chain(config.kube.follows().then_some(Source::Api)).collect()
 }
 
 fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
@@ -243,6 +245,7 @@ impl Wiring<'_> {
         self.weft0()?;
         let manifests = self.manifests();
         let (resolver, dns_port) = self.dns()?;
+        let api = self.api(resolver.clone());
         let tunnel = self.tunnel(resolver)?;
         let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
         let proxy_port = self.proxy(handle.clone())?;
@@ -255,6 +258,7 @@ impl Wiring<'_> {
             clock: self.clock,
             table: self.table.reader(),
             manifests,
+            api,
             dns_port,
             proxy_port,
             rules,
@@ -297,6 +301,21 @@ impl Wiring<'_> {
         let (resolver, port) = (server.resolver(), server.port());
         self.tasks.spawn("dns", server.run());
         Ok((resolver, Some(port)))
+    }
+
+    fn api(&mut self, resolver: Resolver) -> Option<api::Status> {
+        let kube = &self.config.kube;
+        let lookup: api::Lookup = Rc::new(move |host| {
+            let resolver = resolver.clone();
+            Box::pin(async move { resolver.lookup(&host).await })
+        });
+        kube.follows().then(|| {
+            let setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
+            let api = Api::new(kube, setup);
+            let status = api.status();
+            self.tasks.spawn("kube", api.run());
+            status
+        })
     }
 
     fn tunnel(&mut self, resolver: Resolver) -> anyhow::Result<Option<(SocketAddr, tunnel::Handle)>> {

@@ -31,12 +31,15 @@
 //! relay's sealed PONG tells.
 
 pub mod admin;
+pub mod api;
 pub mod app;
 pub mod backoff;
 pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+mod conn;
+mod credentials;
 pub mod disk;
 pub mod dns;
 pub mod exec;

@@ -5,6 +5,7 @@ mod index;
 pub mod model;
 mod names;
 mod reduce;
+pub mod scope;
 pub mod snapshot;
 pub mod statics;
 #[cfg(test)]

@@ -34,6 +34,12 @@ pub(super) struct RawNode {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawKube {
+    pub(super) api: Text,
+    pub(super) kubeconfig: Text,
+    pub(super) token_file: Text,
+    pub(super) ca_file: Text,
+    pub(super) namespaces: Option<Vec<Spanned<String>>>,
+    pub(super) server: Text,
     pub(super) manifests: Option<Vec<Spanned<String>>>,
 }
 

@@ -1,12 +1,15 @@
 //! Text -> final types: the defaults, with what the file says put in their places.
 
 use super::{
-    AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, PodNames,
-    Policy, Profile, ProxyConfig, RelayConfig, TunnelConfig, Upstream,
-    raw::{Number, RawConfig, RawDns, RawNode, RawProxy, RawTunnel},
+    AdminConfig, Api, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig,
+    PodNames, Policy, Profile, ProxyConfig, RelayConfig, ServerKind, TunnelConfig, Upstream,
+    raw::{Number, RawConfig, RawDns, RawKube, RawNode, RawProxy, RawTunnel},
     service,
 };
-use crate::tunnel::identity::{NAME_MAX, network_name, node_name};
+use crate::{
+    kube::{access, convert::check_name},
+    tunnel::identity::{NAME_MAX, network_name, node_name},
+};
 use log::LevelFilter;
 use std::{
     fmt::Debug,
@@ -47,7 +50,15 @@ impl Default for Config {
                 bundle: None,
                 log: LevelFilter::Info,
             },
-            kube: KubeConfig { manifests: Vec::new() },
+            kube: KubeConfig {
+                api: Api::None,
+                kubeconfig: None,
+                token_file: None,
+                ca_file: None,
+                namespaces: Vec::new(),
+                server: ServerKind::Auto,
+                manifests: Vec::new(),
+            },
             dns: DnsConfig {
                 enable: true,
                 listen: DNS_LISTEN,
@@ -88,7 +99,7 @@ impl Config {
         let put = Put { text };
         let mut c = Self::default();
         put.node(&mut c.node, raw.node)?;
-        put.list(&mut c.kube.manifests, "kube.manifests", raw.kube.manifests, "a path", |s| path(s).map(|_| s.into()))?;
+        put.kube(&mut c.kube, raw.kube)?;
         put.dns(&mut c.dns, raw.dns)?;
         put.proxy(&mut c.proxy, raw.proxy)?;
         let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
@@ -213,6 +224,36 @@ impl Put<'_> {
                 ("trace", LevelFilter::Trace),
             ],
         )
+    }
+
+    fn kube(&self, c: &mut KubeConfig, raw: RawKube) -> Result<(), ConfigError> {
+        self.value(&mut c.kubeconfig, "kube.kubeconfig", raw.kubeconfig, PATH, |s| path(s).map(Some))?;
+        self.value(&mut c.ca_file, "kube.ca_file", raw.ca_file, PATH, |s| path(s).map(Some))?;
+        let token_at = raw.token_file.clone();
+        self.value(&mut c.token_file, "kube.token_file", raw.token_file, PATH, |s| path(s).map(Some))?;
+        let api = "\"none\", \"auto\", \"in-cluster\", or addresses of one cluster such as https://192.0.2.1:6443";
+        self.value(&mut c.api, "kube.api", raw.api, api, |s| match s.as_str() {
+            "none" => Some(Api::None),
+            "auto" => Some(Api::Auto),
+            "in-cluster" => Some(Api::InCluster),
+            urls => access::servers(urls).map(Api::Urls),
+        })?;
+        if let (Api::Urls(servers), Some(at)) = (&c.api, &token_at)
+            && servers.iter().any(|s| !s.tls && !s.is_local())
+        {
+            let what = "a token is not sent over plain http to another machine; expected https in kube.api";
+            return Err(self.error(at, "kube.token_file", what));
+        }
+        let namespace = "a namespace's name, of 1 to 63 characters a-z, 0-9 and '-'";
+        self.list(&mut c.namespaces, "kube.namespaces", raw.namespaces, namespace, |s| {
+            check_name("", s, true).is_ok().then(|| s.into())
+        })?;
+        c.namespaces.sort();
+        c.namespaces.dedup();
+        let kinds =
+            [("auto", ServerKind::Auto), ("apiserver", ServerKind::ApiServer), ("metaserver", ServerKind::MetaServer)];
+        self.choice(&mut c.server, "kube.server", raw.server, &kinds)?;
+        self.list(&mut c.manifests, "kube.manifests", raw.manifests, "a path", |s| path(s).map(|_| s.into()))
     }
 
     fn dns(&self, c: &mut DnsConfig, raw: RawDns) -> Result<(), ConfigError> {

@@ -33,7 +33,6 @@ impl Index {
         self.0.range((key, 0)..=(key, u32::MAX)).map(|((_, slot), _)| *slot)
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }

@@ -139,7 +139,7 @@ pub enum Object {
     Node(NodeInfo),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ObjectId {
     Service(ServiceId),
     Slice(SliceId),
