@@ -113,7 +113,15 @@ impl Api {
         let mut watch = |resource, namespace: Option<&String>| {
             let namespace: Option<Name> = namespace.map(|n| setup.table.update(|t| t.intern(n)));
             let pod_names = setup.pod_names;
-            RefCell::new(Watcher::new(Watch { resource, namespace, metaserver, pod_names, start, rng: rng.fork() }))
+            RefCell::new(Watcher::new(Watch {
+                resource,
+                namespace,
+                metaserver,
+                pod_names,
+                start,
+                spread,
+                rng: rng.fork(),
+            }))
         };
         let mut watchers = Vec::new();
         for resource in [Resource::Services, Resource::Slices] {

@@ -64,6 +64,9 @@ const RETRY_AFTER_MAX: u32 = 300;
 /// A connection is not kept over a longer rest.
 const KEEP_OVER: Duration = Duration::from_secs(10);
 
+/// WatchLists that are cut before their end, until it is listed instead: by a proxy that does not know them.
+const WATCH_LIST_TRIES: u8 = 2;
+
 /// Lines in the log for each time that it does not work.
 const SAID_MAX: u8 = 3;
 
@@ -101,6 +104,8 @@ pub struct Setup {
     pub pod_names: bool,
     /// Not before.
     pub start: Instant,
+    /// First tries after an outage are spread over this.
+    pub spread: Duration,
     pub rng: fastrand::Rng,
 }
 
@@ -130,6 +135,7 @@ pub struct Watcher {
     store: Store,
     namespace: Option<Name>,
     options: Options,
+    spread: Duration,
     rng: fastrand::Rng,
     now: Instant,
     phase: Phase,
@@ -139,6 +145,7 @@ pub struct Watcher {
     /// From which the next watch begins; empty: a list is needed.
     version: String,
     watch_list: bool,
+    cuts: u8,
     /// The server may have gone back in time: compare before the next watch.
     suspicious: bool,
     backoff: Backoff,
@@ -163,7 +170,7 @@ pub struct Watcher {
 impl Watcher {
     #[must_use]
     pub fn new(setup: Setup) -> Self {
-        let Setup { resource, namespace, metaserver, pod_names, start, mut rng } = setup;
+        let Setup { resource, namespace, metaserver, pod_names, start, spread, mut rng } = setup;
         let timeout = if metaserver { METASERVER_SECONDS } else { rng.u32(WATCH_SECONDS) };
         let ask =
             if metaserver { Ask::List { next: String::new(), cached: false } } else { Ask::WatchList { cached: true } };
@@ -171,6 +178,7 @@ impl Watcher {
             store: Store::new(resource, namespace.clone(), metaserver, pod_names),
             namespace,
             options: Options { limit: !metaserver, bookmarks: !metaserver, timeout, metaserver },
+            spread: if metaserver { Duration::ZERO } else { spread },
             rng,
             now: start,
             phase: Phase::Rest(start),
@@ -179,6 +187,7 @@ impl Watcher {
             ask,
             version: String::new(),
             watch_list: !metaserver,
+            cuts: 0,
             suspicious: false,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
             slow: Backoff::new(SLOW.0, SLOW.1),
@@ -459,7 +468,7 @@ impl Watcher {
             let usual = Duration::from_secs(self.rng.u64(RELIST_SECONDS));
             self.relist = Some(self.now + if doubt { CONFIRM } else { usual });
         }
-        self.suspicious = false;
+        (self.suspicious, self.cuts) = (false, 0);
         if !std::mem::replace(&mut self.listed, true) {
             log::info!("{}: {} objects", self.what(), table.ids(Source::Api, &self.store.scope()).len());
         }

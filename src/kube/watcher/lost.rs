@@ -2,7 +2,7 @@
 
 use super::{
     Answer, Ask, BACKOFF, FORGET, INTERNAL_ERRORS, RETRY_AFTER_MAX, RETRY_AFTER_TRIES, Resource, SAID_MAX, SHORT,
-    SPREAD, Watcher,
+    WATCH_LIST_TRIES, Watcher,
 };
 use crate::kube::{http::HttpError, json::JsonError};
 use std::{fmt, time::Duration};
@@ -115,7 +115,8 @@ impl Watcher {
             self.ask = Ask::Watch;
         }
         // A list or WatchList that did not come to its end begins anew; a page that can be asked for again does not.
-        if !watching && !matches!(lost, Lost::Status { retry_after: Some(_), .. }) {
+        let again = matches!(lost, Lost::Status { retry_after: Some(_), .. }) && self.retries < RETRY_AFTER_TRIES;
+        if !watching && !again {
             self.store.abort();
             if let Ask::List { next, .. } = &mut self.ask {
                 next.clear();
@@ -192,6 +193,14 @@ impl Watcher {
                 self.suspicious = true;
                 self.fail(words);
             }
+            Lost::Cut | Lost::Silent | Lost::NotHttp(_) if matches!(self.ask, Ask::WatchList { .. }) => {
+                self.cuts += 1;
+                if self.cuts >= WATCH_LIST_TRIES {
+                    self.watch_list = false;
+                    self.ask_for_all();
+                }
+                self.fail(words);
+            }
             Lost::Status { .. }
             | Lost::Event { .. }
             | Lost::Cut
@@ -244,7 +253,7 @@ impl Watcher {
     }
 
     fn spread(&mut self) -> Duration {
-        if self.options.metaserver { Duration::ZERO } else { SPREAD.mul_f64(self.rng.f64()) }
+        self.spread.mul_f64(self.rng.f64())
     }
 
     /// Try again after the back-off.

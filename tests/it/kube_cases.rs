@@ -1,0 +1,758 @@
+//! The rows of the list-watch conformance table against the watcher, in virtual time, in reads of any size. The ids are
+//! those of the table: L lists, W watches, E errors, T transport, J JSON, A credentials, S the store, M metaServer.
+
+use crate::{kube_meta, kube_wire, kube_world::*};
+use std::{collections::BTreeMap, panic::catch_unwind, time::Duration};
+use weft::kube::resource::{Ask, Options, Resource, target};
+
+/// A row's id and its test.
+pub(crate) type Row = (&'static str, fn());
+
+/// Each row is a test of its own, and counted below.
+macro_rules! rows {
+    ($($id:literal $name:ident $body:block)*) => {
+        $(#[test] fn $name() $body)*
+        pub(crate) const ROWS: &[crate::kube_cases::Row] = &[$(($id, $name)),*];
+    };
+}
+pub(crate) use rows;
+
+/// Rows for which there is nothing to do, or that are somebody else's, and why.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("L5", "asks for nothing of a client"),
+    ("T4", "needs an address that goes away: the faults of tests/netns"),
+    ("T10", "needs our own rules: the proxy of tests/netns"),
+    ("T11", "proxies are not done"),
+    ("J10", "protobuf is not done"),
+    ("J11", "PartialObjectMetadata is not used: what we watch needs its spec"),
+    ("J12", "asks for nothing of a client"),
+    ("J14", "asks for nothing of a client"),
+    ("S1", "one thread: readers never wait"),
+    ("S5", "tests/it/snapshot.rs and snapshot_run.rs"),
+    ("S6", "tests/it/snapshot.rs and snapshot_run.rs"),
+    ("S7", "asks for nothing: the last state serves for ever"),
+];
+
+#[test]
+#[allow(clippy::print_stdout)]
+fn every_row() {
+    let groups = [("L", 15), ("W", 16), ("E", 12), ("T", 12), ("J", 15), ("A", 7), ("S", 9), ("M", 20)];
+    let mut tests: BTreeMap<&str, fn()> = BTreeMap::new();
+    for (id, test) in [ROWS, kube_meta::ROWS, kube_wire::ROWS].concat() {
+        assert!(tests.insert(id, test).is_none(), "{id} twice");
+    }
+    let (mut wrong, mut sum) = (Vec::new(), (0, 0));
+    for (group, count) in groups {
+        let (mut good, mut of) = (0, 0);
+        for id in (1..=count).map(|n| format!("{group}{n}")) {
+            match (tests.remove(id.as_str()), ELSEWHERE.iter().any(|(other, _)| *other == id)) {
+                (Some(test), false) => {
+                    of += 1;
+                    if catch_unwind(test).is_ok() { good += 1 } else { wrong.push(id) }
+                }
+                (None, true) => {}
+                (Some(_), true) => wrong.push(format!("{id} is said to be elsewhere")),
+                (None, false) => wrong.push(format!("{id} has no test")),
+            }
+        }
+        println!("client {group} {good:3} of {of} ({} without a test here)", count - of);
+        sum = (sum.0 + good, sum.1 + of);
+    }
+    println!("client all {} of {}", sum.0, sum.1);
+    assert!(wrong.is_empty() && tests.is_empty(), "{wrong:?} {:?}", tests.keys());
+}
+
+fn each_step(test: impl Fn(usize)) {
+    STEPS.into_iter().for_each(test);
+}
+
+rows! {
+    "L1" l1_pages { each_step(|step| {
+        let mut w = World::listing(step);
+        assert_eq!(w.next(), "/api/v1/services?limit=500&resourceVersion=0");
+        w.ok(&list(10, "a/b==", &[service("a", 1), service("b", 2)]));
+        assert_eq!(w.next(), "/api/v1/services?limit=500&continue=a%2Fb%3D%3D");
+        w.ok(&list(10, "c", &[service("c", 3)]));
+        assert_eq!(w.next(), "/api/v1/services?limit=500&continue=c");
+        assert!(!w.watcher.listed());
+        w.ok(&list(10, "", &[service("d", 4)]));
+        assert_eq!((w.names().as_str(), w.watcher.listed(), w.connects), ("a b c d", true, 1));
+    }) }
+    "L2" l2_the_watch_begins_at_the_lists_version { each_step(|step| {
+        let mut w = World::listing(step);
+        w.next();
+        w.ok(&list(10, "x", &[service("a", 99)]));
+        w.next();
+        w.ok(&list(10, "", &[]));
+        assert!(w.next().contains("watch=1&allowWatchBookmarks=true&resourceVersion=10&timeoutSeconds="));
+    }) }
+    "L3" l3_a_page_too_late { each_step(|step| {
+        let mut w = World::listing(step);
+        w.restored("old");
+        w.next();
+        w.ok(&list(10, "x", &[service("a", 1)]));
+        w.next();
+        w.refusal(410, "", "The provided continue parameter is too old");
+        assert_eq!(w.names(), "a old", "nothing is swept by half a list");
+        let (asked, seconds) = w.next_after();
+        assert_eq!((asked.as_str(), seconds), ("/api/v1/services", 0.0));
+        w.ok(&list(20, "", &[service("b", 1)]));
+        assert_eq!(w.names(), "b");
+    }) }
+    "L4" l4_a_server_that_knows_no_limit {
+        let mut w = World::listing(4096);
+        w.next();
+        let items: Vec<String> = (0..2_000).map(|n| service(&format!("s{n}"), n)).collect();
+        w.ok(&list(5_000, "", &items));
+        assert_eq!((w.table.services().count(), w.report().objects), (2_000, 2_000));
+        assert!(w.next().contains("watch=1"));
+    }
+    "L6" l6_items_without_a_kind { each_step(|step| {
+        let mut w = World::listing(step);
+        w.next();
+        let wrong = service("a", 1).replacen('{', r#"{"kind":"Pod","apiVersion":"v1","#, 1);
+        w.ok(&list(1, "", &[wrong, service("b", 1)]).replace(r#""kind":"ServiceList","#, ""));
+        assert_eq!(w.names(), "a b");
+    }) }
+    "L7" l7_empty_in_three_ways { each_step(|step| {
+        for items in [r#","items":[]"#, r#","items":null"#, ""] {
+            let mut w = World::listing(step);
+            w.restored("old");
+            w.next();
+            w.ok(&format!(r#"{{"kind":"ServiceList","metadata":{{"resourceVersion":"7"}}{items}}}"#));
+            assert_eq!((w.names().as_str(), w.watcher.listed()), ("", true), "{items}");
+            assert!(w.next().contains("resourceVersion=7"));
+        }
+    }) }
+    "L8" l8_an_object_on_two_pages {
+        let mut w = World::listing(64);
+        w.next();
+        w.ok(&list(10, "x", &[service_with("a", 1, "u", 80)]));
+        w.next();
+        w.ok(&list(10, "", &[service_with("a", 2, "u", 81)]));
+        assert_eq!((w.names().as_str(), w.port("a")), ("a", Some(81)));
+    }
+    "L9" l9_deleted_and_made_again { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(10, &["a"]);
+        w.event("ADDED", &service_with("a", 12, "another", 90));
+        assert_eq!((w.names().as_str(), w.port("a"), w.report().objects), ("a", Some(90), 1));
+    }) }
+    "L10" l10_a_list_that_breaks_off { each_step(|step| {
+        let mut w = World::listing(step);
+        w.restored("old");
+        w.next();
+        let body = list(10, "", &[service("a", 1), service("b", 1)]);
+        let whole = http(200, "", &body);
+        w.bytes(&whole[..whole.len() - 9]);
+        w.close();
+        assert!(w.names().contains("old") && !w.watcher.listed());
+        assert!(!w.next().contains("watch=1"));
+        w.ok(&list(11, "", &[service("b", 1)]));
+        assert_eq!(w.names(), "b");
+    }) }
+    "L11" l11_not_allowed {
+        let mut w = World::listing(usize::MAX);
+        w.restored("old");
+        let mut waits = Vec::new();
+        w.next();
+        for _ in 0..12 {
+            w.refusal(403, "", "services is forbidden: User x cannot list");
+            assert!(w.error().contains("bind the ClusterRole of packaging/kubernetes/rbac.yaml"), "{}", w.error());
+            waits.push(w.next_after().1);
+        }
+        assert!(waits[0] >= 5.0 && waits[11] >= 150.0 && waits.iter().all(|s| *s <= 300.0), "{waits:?}");
+        assert_eq!(w.names(), "old");
+        w.ok(&list(11, "", &[service("b", 1)]));
+        assert_eq!((w.names().as_str(), w.error().as_str()), ("b", ""));
+    }
+    "L12" l12_no_endpointslices {
+        let mut w = World::of(Resource::Slices, false, 1, 64);
+        assert!(w.next().starts_with("/apis/discovery.k8s.io/v1/endpointslices?labelSelector=kubernetes.io%2Fservice-name&"));
+        w.refusal(404, "", "the server could not find the requested resource");
+        let asked = w.next();
+        assert!(asked.starts_with("/api/v1/endpoints?watch=1"), "{asked}");
+        w.open();
+        let subset = r#"{"addresses":[{"ip":"10.1.0.1"}],"ports":[{"port":80}]}"#;
+        let object = |subsets: &str| format!(r#"{{"metadata":{{"name":"web","namespace":"shop"}},"subsets":[{subsets}]}}"#);
+        w.event("ADDED", &object(&format!("{subset},{subset}")));
+        w.event("BOOKMARK", &bookmark(5, true));
+        assert_eq!(w.report().objects, 2);
+        w.event("MODIFIED", &object(subset));
+        assert_eq!(w.report().objects, 1, "one subset less");
+        w.pass(100);
+        w.end();
+        assert!(w.next().starts_with("/apis/discovery.k8s.io/"), "perhaps there are slices by now");
+        w.refusal(404, "", "no");
+        assert!(w.next().starts_with("/api/v1/endpoints"));
+        w.refusal(404, "", "no");
+        let (asked, seconds) = w.next_after();
+        assert!(asked.contains("endpointslices") && (60.0..=300.0).contains(&seconds), "{asked} after {seconds}");
+    }
+    "L13" l13_a_replica_that_is_behind {
+        let mut w = World::listing(64);
+        assert!(w.next().ends_with("&resourceVersion=0"));
+        w.bytes(http(504, "Retry-After: 1\r\n", &status(504, "Timeout", "Too large resource version")));
+        let (asked, seconds) = w.next_after();
+        assert_eq!(asked, "/api/v1/services?limit=500");
+        assert!((1.0..2.1).contains(&seconds), "{seconds}");
+    }
+    "L14" l14_versions_are_numbers_only_to_compare { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(9, &["a"]);
+        w.event("MODIFIED", &service_with("a", 10, "a", 81));
+        assert_eq!(w.port("a"), Some(81), "10 is after 9");
+        w.event("MODIFIED", &service_with("a", 0, "a", 82).replace("\"resourceVersion\":\"0\"", "\"resourceVersion\":\"x-y\""));
+        assert_eq!(w.port("a"), Some(82));
+        w.pass(30);
+        w.end();
+        assert!(w.next().contains("resourceVersion=x-y&"));
+    }) }
+    "L15" l15_paths {
+        let options = Options { limit: false, bookmarks: false, timeout: 300, metaserver: false };
+        let list = Ask::List { next: String::new(), cached: false };
+        for (resource, namespace, path) in [
+            (Resource::Services, None, "/api/v1/services"),
+            (Resource::Endpoints, Some("a"), "/api/v1/namespaces/a/endpoints"),
+            (Resource::Nodes, Some("a"), "/api/v1/nodes"),
+            (
+                Resource::Slices,
+                Some("a"),
+                "/apis/discovery.k8s.io/v1/namespaces/a/endpointslices?labelSelector=kubernetes.io%2Fservice-name",
+            ),
+        ] {
+            assert_eq!(target(resource, namespace, &list, options, ""), path);
+        }
+    }
+
+    "W1" w1_events_and_chunks_have_nothing_to_do_with_each_other { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &[]);
+        let text = [event("ADDED", &service("a", 2)), event("ADDED", &service("b", 3)).replace(',', ",\n "), event("ADDED", &service("c", 4)).replace("targetPort", "\\u0074é")].concat();
+        let (first, rest) = text.as_bytes().split_at(text.find('é').unwrap() + 1);
+        let (second, third) = rest.split_at(5);
+        for piece in [first, second, third] {
+            w.bytes([format!("{:X};x=1\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
+        }
+        assert_eq!(w.names(), "a b c");
+    }) }
+    "W2" w2_an_unknown_type { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        w.event("FOO", &service("b", 2));
+        w.event("ADDED", &service("c", 3));
+        assert_eq!((w.names().as_str(), w.hangups), ("a c", 0));
+    }) }
+    "W3" w3_a_bookmark_moves_the_version { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        w.event("BOOKMARK", &bookmark(50, false));
+        w.pass(70);
+        w.close();
+        assert_eq!(w.names(), "a");
+        assert!(w.next().contains("resourceVersion=50&"));
+    }) }
+    "W4" w4_deleted { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a", "b"]);
+        w.event("DELETED", &service("a", 9));
+        assert_eq!(w.names(), "b");
+        w.pass(10);
+        w.end();
+        assert!(w.next().contains("resourceVersion=9&"));
+    }) }
+    "W5" w5_no_longer_selected {
+        let mut w = World::of(Resource::Slices, false, 1, 64);
+        w.no_watch_list();
+        w.next();
+        let slice = |label: &str| format!(r#"{{"metadata":{{"name":"x","namespace":"shop","labels":{{{label}}}}},"addressType":"IPv4","endpoints":[{{"addresses":["10.1.0.1"]}}],"ports":[{{"port":80}}]}}"#);
+        let labelled = slice(r#""kubernetes.io/service-name":"web""#);
+        w.ok(&list(1, "", std::slice::from_ref(&labelled)));
+        w.next();
+        w.open();
+        assert_eq!(w.report().objects, 1);
+        w.event("DELETED", &slice(""));
+        assert_eq!(w.report().objects, 0);
+        w.event("ADDED", &labelled);
+        // The same without a selector: what is no longer of a Service goes.
+        w.event("MODIFIED", &slice(""));
+        assert_eq!(w.report().objects, 0);
+    }
+    "W6" w6_events_for_unknown_and_known { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        w.event("MODIFIED", &service("b", 2));
+        w.event("ADDED", &service_with("a", 3, "a", 81));
+        w.event("DELETED", &service("c", 4));
+        assert_eq!((w.names().as_str(), w.port("a"), w.report().objects), ("a b", Some(81), 2));
+    }) }
+    "W7" w7_gone_in_the_stream { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        w.event("ERROR", &status(410, "Expired", "too old resource version: 1 (5)"));
+        assert_eq!(w.names(), "a");
+        let (asked, seconds) = w.next_after();
+        assert_eq!((asked.as_str(), seconds), ("/api/v1/services?limit=500", 0.0));
+        w.ok(&list(5, "", &[service("b", 1)]));
+        assert_eq!(w.names(), "b");
+        w.next();
+        w.open();
+        w.event("ERROR", &status(0, "Gone", "again"));
+        assert!(w.next_after().1 > 0.0, "not in circles");
+    }) }
+    "W8" w8_errors_of_the_server { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(7, &["a"]);
+        let begun = w.now;
+        loop {
+            w.event("ERROR", &status(500, "InternalError", "etcd event received with PrevKv=nil"));
+            let (asked, seconds) = w.next_after();
+            assert!(seconds > 0.0);
+            if !asked.contains("watch=1") {
+                break;
+            }
+            assert!(asked.contains("resourceVersion=7&") && w.now - begun < Duration::from_secs(130), "{asked}");
+            w.open();
+        }
+        assert!(w.now - begun >= Duration::from_secs(55) && w.names() == "a");
+    }) }
+    "W9" w9_gone_at_opening {
+        let mut w = World::listing(64);
+        w.next();
+        w.ok(&list(1, "", &[service("a", 1)]));
+        w.next();
+        w.refusal(410, "", "too old");
+        assert_eq!(w.next_after(), ("/api/v1/services?limit=500".into(), 0.0));
+    }
+    "W10" w10_the_clean_end_of_a_watch { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        for cycle in 0..20 {
+            w.pass(290);
+            w.event("BOOKMARK", &bookmark(cycle + 2, false));
+            w.end();
+            assert_eq!(w.next_after().1, 0.0);
+            w.open();
+        }
+        assert_eq!(w.asked.iter().filter(|a| !a.contains("watch=1")).count(), 1, "one list in all");
+        assert_eq!((w.connects, w.error().as_str()), (1, ""));
+    }) }
+    "W11" w11_cut_in_the_middle_of_an_event { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a"]);
+        w.event("ADDED", &service("b", 2));
+        w.pass(20);
+        let half = event("ADDED", &service("c", 3));
+        w.bytes(format!("{:x}\r\n{}", half.len(), &half[..half.len() - 3]));
+        w.close();
+        assert_eq!(w.names(), "a b");
+        let (asked, seconds) = w.next_after();
+        assert!(asked.contains("resourceVersion=2&") && seconds <= 6.0, "{asked} {seconds}");
+    }) }
+    "W12" w12_never_a_watch_without_a_version {
+        let mut w = World::listing(64);
+        for round in 0..3 {
+            w.list_and_watch(round + 1, &["a"]);
+            w.event("ERROR", &status(410, "Expired", "x"));
+        }
+        for asked in w.asked.iter().filter(|a| a.contains("watch=1") && !a.contains("sendInitialEvents")) {
+            assert!(asked.contains("&resourceVersion=") && !asked.contains("resourceVersion=0"), "{asked}");
+        }
+    }
+    "W13" w13_watch_list { each_step(|step| {
+        let mut w = World::of(Resource::Services, false, 1, step);
+        w.restored("old");
+        let asked = w.next();
+        let query = "/api/v1/services?watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&resourceVersion=0&timeoutSeconds=";
+        assert!(asked.starts_with(query), "{asked}");
+        w.open();
+        w.event("ADDED", &service("b", 9));
+        w.event("ADDED", &service("a", 3));
+        assert_eq!((w.names().as_str(), w.watcher.listed()), ("a b old", false));
+        w.event("BOOKMARK", &bookmark(12, true));
+        assert_eq!((w.names().as_str(), w.watcher.listed(), w.report().synced), ("a b", true, true));
+        w.event("DELETED", &service("b", 14));
+        assert_eq!(w.names(), "a");
+        w.pass(100);
+        w.end();
+        assert!(w.next().contains("resourceVersion=14&"));
+        // Cut before its end: from the beginning. No bookmark: listed.
+        let mut w = World::of(Resource::Services, false, 1, step);
+        w.restored("old");
+        w.next();
+        w.open();
+        w.event("ADDED", &service("a", 3));
+        w.close();
+        assert!(w.next().contains("sendInitialEvents") && w.names() == "a old");
+        w.open();
+        w.event("ADDED", &service("a", 3));
+        let (asked, seconds) = w.next_after();
+        assert!(asked.starts_with("/api/v1/services?limit=500") && (10.0..10.1).contains(&seconds), "{asked} {seconds}");
+        // Cut again and again, as by a proxy that does not know it.
+        let mut w = World::of(Resource::Services, false, 1, step);
+        for _ in 0..2 {
+            assert!(w.next().contains("sendInitialEvents"));
+            w.close();
+        }
+        assert!(w.next().starts_with("/api/v1/services?limit=500"));
+        // An etcd that is too old for it.
+        let mut w = World::of(Resource::Services, false, 1, step);
+        w.next();
+        w.open();
+        w.event("ERROR", &status(500, "InternalError", "x"));
+        assert!(w.next().starts_with("/api/v1/services?limit=500"));
+    }) }
+    "W14" w14_closed_for_being_slow {
+        let mut w = World::listing(64);
+        w.list_and_watch(1, &["a"]);
+        w.event("ADDED", &service("b", 2));
+        w.close();
+        let asked = w.next();
+        assert!(asked.contains("watch=1") && asked.contains("resourceVersion=2&"), "{asked}");
+    }
+    "W15" w15_headers_that_come_late {
+        let mut w = World::listing(64);
+        w.next();
+        w.ok(&list(1, "", &[]));
+        w.next();
+        assert_eq!(w.pass(250), [""; 0]);
+        w.open();
+        w.event("ADDED", &service("a", 2));
+        assert_eq!((w.names().as_str(), w.hangups), ("a", 0));
+        // But not for ever.
+        let mut w = World::listing(64);
+        w.next();
+        w.ok(&list(1, "", &[]));
+        w.next();
+        let (asked, seconds) = w.next_after();
+        assert!(asked.contains("watch=1") && (330.0..640.0).contains(&seconds), "{asked} after {seconds}");
+    }
+    "W16" w16_what_is_not_kept_is_no_change {
+        let mut w = World::listing(64);
+        w.list_and_watch(1, &["a"]);
+        let version = w.table.version();
+        w.event("MODIFIED", &service("a", 2).replace("\"a\":", "\"b\":"));
+        assert_eq!(w.table.version(), version);
+    }
+
+    "E1" e1_retry_after {
+        let mut w = World::listing(64);
+        w.next();
+        for _ in 0..3 {
+            w.refusal(429, "Retry-After: 7\r\n", "too many requests");
+            let (asked, seconds) = w.next_after();
+            assert!((7.0..9.0).contains(&seconds) && asked.contains("limit=500"), "{asked} {seconds}");
+        }
+        w.ok(&list(1, "x", &[service("a", 1)]));
+        w.next();
+        w.refusal(429, "Retry-After: 1\r\n", "too many requests");
+        assert!(w.next().contains("continue=x"), "the same request");
+        for _ in 0..9 {
+            w.refusal(429, "Retry-After: 1\r\n", "x");
+            w.next();
+        }
+        w.refusal(429, "Retry-After: 1\r\n", "x");
+        assert!(!w.next().contains("continue"), "given up after ten times");
+    }
+    "E2" e2_too_many_requests_without_a_time {
+        let mut w = World::listing(64);
+        w.next();
+        w.refusal(429, "", "x");
+        assert!(w.next_after().1 > 0.1);
+    }
+    "E3" e3_errors_of_the_server {
+        let mut w = World::listing(64);
+        w.next();
+        w.refusal(503, "Retry-After: 3\r\n", "x");
+        assert!((3.0..4.1).contains(&w.next_after().1));
+        let mut waits = Vec::new();
+        for _ in 0..10 {
+            w.refusal(503, "", "x");
+            waits.push(w.next_after().1);
+        }
+        assert!(waits[9] >= 15.0 && waits.iter().all(|s| (0.1..=30.0).contains(s)), "{waits:?}");
+    }
+    "E4" e4_a_server_that_shuts_down {
+        let mut w = World::listing(64);
+        w.next();
+        w.bytes(http(429, "Retry-After: 1\r\nConnection: close\r\n", "{}"));
+        w.next();
+        assert_eq!((w.connects, w.hangups), (2, 1));
+    }
+    "E5" e5_a_server_that_is_not_there {
+        let mut w = World::of(Resource::Services, false, 3, 64);
+        w.restored("old");
+        w.refuse = Some("nobody listens there".into());
+        w.pass(60);
+        assert!((5..=11).contains(&w.connects), "{} tries", w.connects);
+        assert_eq!((w.names().as_str(), w.error().as_str()), ("old", "nobody listens there"));
+        w.refuse = None;
+        assert!(w.next().contains("watch=1"));
+    }
+    "E6" e6_a_fleet_does_not_come_back_at_once {
+        for outage in [1_u64, 300] {
+            let mut times: Vec<f64> = (0..1_000).map(|seed| {
+                let mut w = World::of(Resource::Services, false, seed, usize::MAX);
+                w.next();
+                w.open();
+                w.event("BOOKMARK", &bookmark(5, true));
+                w.pass(20);
+                let from = w.now;
+                w.close();
+                w.refuse = Some("down".into());
+                w.pass(outage);
+                w.refuse = None;
+                let target = w.next();
+                assert!(!target.contains("sendInitialEvents"), "{target}");
+                (w.now - from).as_secs_f64()
+            }).collect();
+            times.sort_by(f64::total_cmp);
+            assert!(times[999] - times[0] >= 5.0, "after {outage} s: from {} to {}", times[0], times[999]);
+            let most = (0..1_000).map(|n| times[n..].iter().take_while(|t| **t < times[n] + 0.5).count()).max();
+            assert!(most.unwrap() < 250, "{most:?} of 1,000 within half a second");
+        }
+    }
+    "E7" e7_parameters_that_are_not_liked {
+        let mut w = World::of(Resource::Services, false, 1, 64);
+        assert!(w.next().contains("sendInitialEvents"));
+        w.refusal(400, "", "x");
+        assert!(w.next().contains("limit=500"));
+        w.refusal(422, "", "x");
+        assert_eq!(w.next(), "/api/v1/services?resourceVersion=0");
+        w.ok(&list(3, "", &[]));
+        assert!(w.next().contains("allowWatchBookmarks"));
+        w.refusal(400, "", "x");
+        let (asked, seconds) = w.next_after();
+        assert!(!asked.contains("Bookmarks") && seconds == 0.0, "{asked}");
+        w.refusal(400, "", "x");
+        assert!(w.next_after().1 > 0.1, "nothing is left to be dropped");
+    }
+    "E8" e8_not_acceptable {
+        let mut out = Vec::new();
+        weft::kube::http::get("h", "/", "a", None, &mut out);
+        assert!(String::from_utf8(out).unwrap().contains("\r\nAccept: application/json\r\n"));
+        let mut w = World::listing(64);
+        w.next();
+        w.refusal(406, "", "only the following media types are accepted");
+        assert!(w.next_after().1 >= 5.0 && w.error().contains("406"));
+    }
+    "E9" e9_a_captive_portal { each_step(|step| {
+        for (kind, body) in [("text/html", "<html>"), ("application/json", "<html>"), ("application/json", ""), ("application/json", "[]"), ("application/json", "{}")] {
+            let mut w = World::listing(step);
+            w.restored("old");
+            w.next();
+            w.bytes(format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
+            assert!(!w.watcher.listed() && !w.error().is_empty(), "{kind} {body}");
+            assert!(w.next_after().1 > 0.1 && w.names() == "old");
+        }
+    }) }
+    "E10" e10_a_status_with_200 { each_step(|step| {
+        let mut w = World::listing(step);
+        w.restored("old");
+        w.next();
+        w.ok(&status(500, "", "upstream failed").replace("\"metadata\":{}", "\"metadata\":{\"resourceVersion\":\"1\"},\"items\":[]"));
+        assert!(!w.watcher.listed() && w.names() == "old" && w.error().contains("upstream failed"), "{}", w.error());
+    }) }
+    "E11" e11_redirects_are_not_followed {
+        let mut w = World::listing(64);
+        w.next();
+        w.bytes(http(302, "Location: https://elsewhere.example/\r\n", ""));
+        let (asked, seconds) = w.next_after();
+        assert!(asked.starts_with("/api/v1/services") && seconds >= 5.0);
+        assert!(w.error().contains("https://elsewhere.example/"), "{}", w.error());
+    }
+    "E12" e12_a_clock_that_was_set {
+        let mut w = World::of(Resource::Services, false, 1, 64);
+        w.refuse = Some("the server's certificate is not valid yet".into());
+        w.pass(120);
+        w.refuse = None;
+        let from = w.now;
+        w.input(weft::kube::watcher::Input::Nudge);
+        w.next();
+        assert!(w.now - from <= Duration::from_secs(1));
+    }
+
+    "T1" t1_bodies_of_all_kinds { each_step(|step| {
+        let body = list(4, "", &[service("a", 1)]);
+        for (head, body) in [
+            (format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len()), body.clone()),
+            ("HTTP/1.0 200 OK\r\n\r\n".into(), body.clone()),
+            ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".into(), format!("{:X}; a=b\r\n{body}\r\n0\r\nTrailer: x\r\n\r\n", body.len())),
+            ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".into(), body.bytes().map(|b| format!("01\r\n{}\r\n", b as char)).chain(["0\r\n\r\n".into()]).collect()),
+        ] {
+            let mut w = World::listing(step);
+            w.next();
+            w.bytes(head.clone() + &body);
+            if head.contains("1.0") {
+                w.close();
+            }
+            assert_eq!((w.names().as_str(), w.watcher.listed()), ("a", true), "{head}");
+        }
+        let mut w = World::listing(step);
+        w.next();
+        w.bytes("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFF\r\n");
+        assert!(w.error().contains("HTTP/1.1"), "{}", w.error());
+    }) }
+    "T2" t2_interim_answers { each_step(|step| {
+        let mut w = World::listing(step);
+        w.next();
+        w.bytes("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n");
+        w.ok(&list(4, "", &[service("a", 1)]));
+        assert_eq!(w.names(), "a");
+    }) }
+    "T3" t3_silence_after_bookmarks {
+        let mut w = World::listing(64);
+        w.list_and_watch(1, &["a"]);
+        w.event("BOOKMARK", &bookmark(4, false));
+        let (asked, seconds) = w.next_after();
+        assert!((200.0..207.0).contains(&seconds), "three bookmarks missed: {seconds}");
+        assert!(asked.contains("watch=1") || asked.ends_with("limit=1"), "{asked}");
+        assert_eq!((w.hangups, w.names().as_str()), (1, "a"));
+    }
+    "T5" t5_compression_is_not_asked_for {
+        let mut out = Vec::new();
+        weft::kube::http::get("h", "/", "a", None, &mut out);
+        assert!(!String::from_utf8(out).unwrap().to_lowercase().contains("accept-encoding"));
+        let mut w = World::listing(64);
+        w.next();
+        w.bytes("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx");
+        assert!(w.error().contains("compressed"), "{}", w.error());
+    }
+
+    "J1" j1_one_large_object {
+        let mut w = World::listing(4096);
+        w.list_and_watch(1, &[]);
+        let large = service("a", 2).replace("\"managedFields\"", &format!("\"annotations\":{{\"x\":\"{}\"}},\"f\"", "é\\n".repeat(400_000)));
+        w.event("ADDED", &large);
+        assert_eq!(w.names(), "a");
+    }
+    "J2" j2_what_is_not_read_is_not_kept {
+        let fields = format!("\"x\":[{}]", vec!["{\"f:a\":{\"f:b\":{}}}"; 5_000].join(","));
+        let text = service("a", 2).replace("\"a\":\"\\\"{\"", &fields);
+        assert!(text.len() > 90_000);
+        let mut scanner = weft::kube::json::Scanner::new(weft::kube::types::KEEP);
+        let kept = scanner.next(&mut text.as_bytes()).unwrap().unwrap().text.unwrap().len();
+        assert!(kept < 300, "{kept} bytes kept");
+    }
+    "J3" j3_the_type_behind_the_object { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &["a", "b"]);
+        w.chunk(&format!("{{\"object\":{},\"type\":\"DELETED\"}}", service("a", 2)));
+        assert_eq!(w.names(), "b");
+    }) }
+    "J4" j4_escapes { each_step(|step| {
+        let mut w = World::listing(step);
+        w.list_and_watch(1, &[]);
+        let text = service("a", 2).replace("\"name\":\"a\"", "\"name\":\"\\u0061\\u002db\",\"x\":\"\\ud83d\\ude00\\/\\u003c\"");
+        w.event("ADDED", &text);
+        assert_eq!(w.names(), "a-b");
+    }) }
+    "J5" j5_numbers {
+        let mut w = World::listing(64);
+        w.list_and_watch(1, &[]);
+        for (name, port) in [("a", "8e1"), ("b", "80.0"), ("c", "80,\"targetPort\":8080")] {
+            w.event("ADDED", &service(name, 2).replace("\"port\":80", &format!("\"port\":{port}")));
+            assert_eq!(w.port(name), Some(80), "{port}");
+        }
+    }
+    "J6" j6_nulls {
+        let mut w = World::of(Resource::Slices, false, 1, 64);
+        w.no_watch_list();
+        w.next();
+        let slice = |rest: &str| format!(r#"{{"metadata":{{"name":"x","namespace":"shop","labels":{{"kubernetes.io/service-name":"web"}},"annotations":null}},"addressType":"IPv4",{rest}}}"#);
+        w.ok(&list(1, "", &[slice(r#""endpoints":[{"addresses":["10.1.0.1"],"hostname":null,"conditions":{"ready":null},"nodeName":null}],"ports":[{"port":80,"name":null}]"#)]));
+        w.next();
+        w.open();
+        assert_eq!(w.report().objects, 1);
+        w.event("MODIFIED", &slice("\"endpoints\":null,\"ports\":null"));
+        assert_eq!((w.report().objects, w.hangups), (1, 0));
+    }
+    "J7" j7_bombs { each_step(|step| {
+        for bomb in ["[".repeat(200), "{\"a\":".repeat(200)] {
+            let mut w = World::listing(step);
+            w.list_and_watch(1, &["a"]);
+            w.chunk(&bomb);
+            assert!(!w.watcher.is_reading() && !w.error().is_empty());
+            assert!(w.next().contains("watch=1") && w.names() == "a");
+        }
+        if step > 1_000 {
+            let mut w = World::listing(step);
+            w.list_and_watch(1, &["a"]);
+            w.chunk("{\"type\":\"ADDED\",\"object\":{\"x\":\"");
+            for _ in 0..20 {
+                w.chunk(&"y".repeat(1 << 20));
+            }
+            assert!(w.error().contains("too long"), "{}", w.error());
+        }
+    }) }
+    "J8" j8_text_that_is_none { each_step(|step| {
+        for bad in [&b"{\"type\":\"ADDED\",\"object\":{\"metadata\":{\"name\":\"\xff\"}}}"[..], b"{\"type\":\"A\x01\"}"] {
+            let mut w = World::listing(step);
+            w.list_and_watch(6, &["a"]);
+            w.bytes([format!("{:x}\r\n", bad.len()).as_bytes(), bad, b"\r\n"].concat());
+            let (asked, seconds) = w.next_after();
+            assert!(asked.contains("watch=1&") && asked.contains("resourceVersion=6&") && seconds > 0.1, "{asked}");
+            assert_eq!(w.names(), "a");
+        }
+    }) }
+    "J9" j9_keys_that_are_there_twice {
+        let mut w = World::listing(64);
+        w.list_and_watch(1, &[]);
+        w.chunk(&format!("{{\"type\":\"DELETED\",\"type\":\"ADDED\",\"object\":{{}},\"object\":{}}}", service("a", 2)));
+        assert_eq!(w.names(), "a");
+    }
+    "J13" j13_selectors {
+        let mut w = World::of(Resource::Slices, false, 1, 64);
+        let first = w.next();
+        assert!(first.contains("labelSelector=kubernetes.io%2Fservice-name&"), "{first}");
+        w.refusal(422, "", "x");
+        w.next();
+        w.ok(&list(1, "x", &[]));
+        w.next();
+        w.ok(&list(1, "", &[]));
+        w.next();
+        assert!(w.asked.iter().all(|a| a.contains("labelSelector=kubernetes.io%2Fservice-name")), "{:?}", w.asked);
+        assert!(!World::of(Resource::Services, false, 1, 64).next().contains("Selector"), "DNS needs the headless ones");
+    }
+    "J15" j15_a_long_list_is_never_held {
+        // 60 MB of list through reads of 16 kB: 1,500 objects, each with 40 kB that nobody reads.
+        let mut w = World::listing(16 << 10);
+        w.next();
+        let filler = "z".repeat(40_000);
+        w.bytes("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{\"kind\":\"ServiceList\",\"metadata\":{\"resourceVersion\":\"5\"},\"items\":[");
+        for n in 0..1_500 {
+            let comma = if n > 0 { "," } else { "" };
+            w.bytes(comma.to_owned() + &service(&format!("s{n}"), n).replace("\"managedFields\"", &format!("\"annotations\":{{\"q\":\"{filler}\"}},\"f\"")));
+        }
+        w.bytes("]}");
+        w.close();
+        assert_eq!(w.table.services().count(), 1_500);
+    }
+
+    "S3" s3_twenty_relists_hold_one_copy {
+        let mut w = World::listing(4096);
+        for round in 0..20 {
+            w.next();
+            let items: Vec<String> = (round..round + 500).map(|n| service(&format!("s{n}"), n)).collect();
+            w.ok(&list(5_000, "", &items));
+            assert_eq!((w.report().objects, w.table.services().count()), (500, 500));
+            w.next();
+            w.open();
+            w.event("BOOKMARK", &bookmark(6_000, false));
+            w.pass(1);
+            w.event("ERROR", &status(410, "Expired", "x"));
+        }
+    }
+    "S8" s8_the_state_of_before_is_replaced_by_its_difference {
+        let mut w = World::listing(64);
+        w.restored("a");
+        w.restored("old");
+        let version = w.table.version();
+        w.next();
+        w.ok(&list(10, "x", &[service("a", 1)]));
+        assert_eq!(w.table.version(), version, "what is the same is no change");
+        w.next();
+        w.ok(&list(10, "", &[service("b", 1)]));
+        assert_eq!(w.names(), "a b");
+    }
+}
