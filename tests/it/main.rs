@@ -11,6 +11,7 @@ mod dns_world;
 mod json;
 mod kube_cases;
 mod kube_meta;
+mod kube_recorded;
 mod kube_wire;
 mod kube_world;
 mod layout;
