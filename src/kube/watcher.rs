@@ -41,6 +41,10 @@ const BURST_SILENCE: Duration = Duration::from_secs(10);
 /// Beyond the time at which the server should have ended a watch.
 const WATCH_SLACK: Duration = Duration::from_secs(30);
 
+/// A server that ends a watch so long before its time is about to end itself. One that was restored from a backup
+/// meanwhile answers a watch from a version of its lost future with silence.
+const EARLY: Duration = Duration::from_secs(5);
+
 /// Bookmarks come each minute; three of them are missing.
 const BOOKMARKS_MISSED: Duration = Duration::from_secs(200);
 
@@ -253,6 +257,9 @@ impl Watcher {
                 Output::Connect
             }
             Phase::Begin => {
+                if self.ask == Ask::Watch && self.suspicious && !self.options.metaserver {
+                    self.ask = Ask::Probe;
+                }
                 match &self.ask {
                     Ask::WatchList { .. } => self.store.begin(),
                     Ask::List { next, .. } if next.is_empty() => {
@@ -430,6 +437,8 @@ impl Watcher {
                     self.store.resource = Resource::Slices;
                     return self.ask_for_all();
                 }
+                let due = Duration::from_secs(self.options.timeout.into()).saturating_sub(EARLY);
+                self.suspicious |= answer.lived(self.now) < due;
                 self.go_on(Ask::Watch);
             }
         }

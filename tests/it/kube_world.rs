@@ -121,6 +121,22 @@ impl World {
         panic!("it runs in circles: {:?}", self.watcher.report());
     }
 
+    /// The next request; one for nothing but the server's version is answered with one that is high enough.
+    pub(crate) fn next_watch(&mut self) -> String {
+        let asked = self.next();
+        if asked != "/api/v1/services?limit=1" {
+            return asked;
+        }
+        self.ok(&list(1_000_000, "x", &[service("of-no-account", 1)]));
+        self.next()
+    }
+
+    /// Until the server should end the watch that was asked for last.
+    pub(crate) fn timeout(&self) -> u64 {
+        let asked = self.asked.last().unwrap();
+        asked.split_once("timeoutSeconds=").unwrap().1.parse().unwrap()
+    }
+
     /// The next request, and the seconds until it came.
     pub(crate) fn next_after(&mut self) -> (String, f64) {
         let from = self.now;

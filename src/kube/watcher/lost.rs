@@ -125,7 +125,7 @@ impl Watcher {
         match lost {
             Lost::Status { code: 410, .. } | Lost::Event { code: 410, .. } => self.lost_gone(words),
             Lost::Cut | Lost::Silent | Lost::Suspicious if watching => {
-                self.suspicious |= lost == Lost::Suspicious;
+                self.suspicious = true;
                 if lived < SHORT && !told {
                     return self.fail(words);
                 }
@@ -268,9 +268,6 @@ impl Watcher {
         let wait = self.backoff.delay(&mut self.rng).max(first).max(BACKOFF.0 / 4);
         self.tell(words);
         self.rest(wait);
-        if self.ask == Ask::Watch && self.suspicious && !self.options.metaserver {
-            self.ask = Ask::Probe;
-        }
     }
 
     fn desync(&mut self) {
