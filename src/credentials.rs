@@ -162,7 +162,7 @@ fn kubeconfig_at(path: &Path) -> Result<Access, String> {
     let words = |why: String| format!("kubeconfig {}: {why}", path.display());
     let bytes = read(path).map_err(|e| words(e.to_string()))?;
     let text = String::from_utf8(bytes).map_err(|_| words("it is not UTF-8".into()))?;
-    Access::from_kubeconfig(&text, path.parent().unwrap_or(Path::new("/"))).map_err(words)
+    Access::from_kubeconfig(&text, path.parent().unwrap_or_else(|| Path::new("/"))).map_err(words)
 }
 
 fn read(path: &Path) -> io::Result<Vec<u8>> {

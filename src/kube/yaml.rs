@@ -112,7 +112,7 @@ impl<'t> Reader<'t> {
             self.bump(blanks);
             match self.peek() {
                 Some('#') if self.column() == 0 || blanks > 0 || self.text[..self.at].ends_with([' ', '\t']) => {
-                    let end = self.rest().find('\n').unwrap_or(self.rest().len());
+                    let end = self.rest().find('\n').unwrap_or_else(|| self.rest().len());
                     self.bump(end);
                 }
                 Some('\t') if self.rest().trim_start_matches(['\t', ' ']).starts_with(['\n', '\r', '#']) => {

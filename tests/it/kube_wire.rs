@@ -96,6 +96,10 @@ fn cluster(request: &str) -> String {
     http(200, "", &list(10, "", &items))
 }
 
+fn since(begun: Instant) -> Duration {
+    Instant::now() - begun
+}
+
 fn bearer(request: &str) -> Option<&str> {
     request.lines().find_map(|line| line.strip_prefix("Authorization: Bearer "))
 }
@@ -128,7 +132,7 @@ fn run(kube: &str, mut done: impl FnMut(&World) -> bool) {
     let executor = LocalExecutor::new();
     let ended = smol::block_on(executor.run(or(async { Some(api.run().await) }, async {
         while !done(&world) {
-            assert!(world.begun.elapsed() < PATIENCE, "{:?}", world.status.list());
+            assert!(since(world.begun) < PATIENCE, "{:?}", world.status.list());
             Timer::after(Duration::from_millis(10)).await;
         }
         None
@@ -270,7 +274,7 @@ rows! {
             }
             settled.is_some_and(|(at, count)| {
                 assert_eq!(server.asked().len(), count, "asked again");
-                at.elapsed() > Duration::from_millis(400)
+                since(at) > Duration::from_millis(400)
             })
         });
     }
@@ -345,7 +349,7 @@ rows! {
             if services == 1 && seen.is_none() {
                 seen = Some(Instant::now());
             }
-            if seen.is_some_and(|at| at.elapsed() > Duration::from_millis(300)) && !*let_go.lock().unwrap() {
+            if seen.is_some_and(|at| since(at) > Duration::from_millis(300)) && !*let_go.lock().unwrap() {
                 assert!(!w.synced(), "without slices");
                 *let_go.lock().unwrap() = true;
             }
@@ -371,7 +375,7 @@ rows! {
             begun.get_or_insert_with(Instant::now);
             w.table.update(|t| t.service("shop", "web").is_some_and(|s| s.ports[0].number == 5_999))
         });
-        let most = begun.unwrap().elapsed().as_millis() / 50 + 3;
+        let most = since(begun.unwrap()).as_millis() / 50 + 3;
         assert!((count as u128) <= most, "{count} changes, {most} at most");
     }
 }
