@@ -193,8 +193,21 @@ impl Views {
 
 impl From<tunnel::PeerView> for view::Peer {
     fn from(p: tunnel::PeerView) -> Self {
-        let tunnel::PeerView { name, path, via, rtt_ms, since_secs, streams, tx_bytes, rx_bytes, note } = p;
-        Self { name, path: path.into(), via, rtt_ms, since_secs, streams, tx_bytes, rx_bytes, note }
+        let tunnel::PeerView {
+            name,
+            path,
+            via,
+            rtt_ms,
+            congestion,
+            mtu,
+            since_secs,
+            streams,
+            tx_bytes,
+            rx_bytes,
+            note,
+        } = p;
+        let (path, congestion) = (path.into(), congestion.into());
+        Self { name, path, via, rtt_ms, congestion, mtu, since_secs, streams, tx_bytes, rx_bytes, note }
     }
 }
 

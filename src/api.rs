@@ -59,6 +59,8 @@ pub struct Setup {
     /// The bit of the packet mark that keeps our own rules away.
     pub mark: u32,
     pub pod_names: bool,
+    /// Whether Pods are followed, too.
+    pub pods: bool,
     /// First requests are spread over this, unless they stay on this machine.
     pub spread: Duration,
 }
@@ -66,7 +68,7 @@ pub struct Setup {
 impl Setup {
     #[must_use]
     pub fn new(table: Rc<Writer<Table>>, clock: Clock, lookup: Lookup, mark: u32) -> Self {
-        Self { table, clock, lookup, mark, pod_names: false, spread: SPREAD }
+        Self { table, clock, lookup, mark, pod_names: false, pods: false, spread: SPREAD }
     }
 }
 
@@ -124,7 +126,8 @@ impl Api {
             }))
         };
         let mut watchers = Vec::new();
-        for resource in [Resource::Services, Resource::Slices] {
+        let pods = setup.pods.then_some(Resource::Pods);
+        for resource in [Resource::Services, Resource::Slices].into_iter().chain(pods) {
             if config.namespaces.is_empty() {
                 watchers.push(watch(resource, None));
             }

@@ -8,7 +8,7 @@ use crate::{
     api::{self, Api},
     ca,
     clock::{BUILT, Clock},
-    config::{Config, StaticService},
+    config::{Config, PodNames, StaticService},
     dns::{
         self, Resolver,
         answer::{Answerer, Outcome, Via},
@@ -17,7 +17,7 @@ use crate::{
     kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
-    proxy::{Proxy, rules::Ports},
+    proxy::{Proxy, rules::Ports, udp},
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
@@ -248,8 +248,8 @@ impl Wiring<'_> {
         let api = self.api(resolver.clone());
         let tunnel = self.tunnel(resolver)?;
         let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
-        let proxy_port = self.proxy(handle.clone())?;
-        let (undo, rules) = self.rules(dns_port, proxy_port)?.unzip();
+        let (proxy_port, udp) = self.proxy(handle.clone())?.unzip();
+        let (undo, rules) = self.rules(dns_port, proxy_port, udp)?.unzip();
         let (leave, kept) = self.snapshot(handle.clone())?;
         let shown = Shown {
             kept,
@@ -282,7 +282,10 @@ impl Wiring<'_> {
     }
 
     fn manifests(&mut self) -> Sources {
-        let manifests = Manifests::new(&self.config.kube.manifests, Rc::clone(&self.table), self.clock);
+        let (files, dns) = (&self.config.kube.manifests, &self.config.dns);
+        let manifests = Manifests::new(files, Rc::clone(&self.table), self.clock)
+            .with_pod_names(dns.enable && dns.endpoint_pod_names)
+            .with_pods(dns.enable && dns.pods == PodNames::Verified);
         let sources = manifests.sources();
         self.tasks.spawn("manifests", manifests.run());
         sources
@@ -290,14 +293,20 @@ impl Wiring<'_> {
 
     /// Also without DNS: the tunnel looks up its relays.
     fn dns(&mut self) -> anyhow::Result<(Resolver, Option<u16>)> {
-        let (cfg, counters, mark) = (&self.config.dns, Rc::clone(&self.counts.dns), self.config.proxy.mark);
+        let Config { dns: cfg, proxy, .. } = self.config;
+        let setup = dns::Setup {
+            counters: Rc::clone(&self.counts.dns),
+            clock: self.clock,
+            mark: proxy.mark,
+            interfaces: proxy.interfaces.clone(),
+        };
         if !cfg.enable {
-            let forwarder = dns::Forwarder::new(cfg, counters, self.clock, mark);
+            let forwarder = dns::Forwarder::new(cfg, &setup);
             let resolver = forwarder.resolver();
             self.tasks.spawn("resolver", forwarder.run());
             return Ok((resolver, None));
         }
-        let server = dns::Server::bind(cfg, self.table.reader(), counters, self.clock, mark)?;
+        let server = dns::Server::bind(cfg, self.table.reader(), self.here(), &setup)?;
         let (resolver, port) = (server.resolver(), server.port());
         self.tasks.spawn("dns", server.run());
         Ok((resolver, Some(port)))
@@ -310,12 +319,24 @@ impl Wiring<'_> {
             Box::pin(async move { resolver.lookup(&host).await })
         });
         kube.follows().then(|| {
-            let setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
+            let mut setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
+            let dns = &self.config.dns;
+            setup.pod_names = dns.enable && dns.endpoint_pod_names;
+            setup.pods = dns.enable && dns.pods == PodNames::Verified;
             let api = Api::new(kube, setup);
             let status = api.status();
             self.tasks.spawn("kube", api.run());
             status
         })
+    }
+
+    fn here(&self) -> Here {
+        Here {
+            node: self.node.as_str().into(),
+            network: checks::network(self.config, self.bundle.as_ref()).into(),
+            zone: self.config.node.zone.as_str().into(),
+            neighbours: BTreeSet::new(),
+        }
     }
 
     fn tunnel(&mut self, resolver: Resolver) -> anyhow::Result<Option<(SocketAddr, tunnel::Handle)>> {
@@ -341,23 +362,18 @@ impl Wiring<'_> {
         Ok(Some((at, handle)))
     }
 
-    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<u16>> {
-        let Config { node, dns, proxy, balancer, .. } = self.config;
+    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<(u16, Reader<udp::Ports>)>> {
+        let Config { dns, proxy, balancer, .. } = self.config;
         if !proxy.enable {
             return Ok(None);
         }
-        let here = Here {
-            node: self.node.as_str().into(),
-            network: checks::network(self.config, self.bundle.as_ref()).into(),
-            zone: node.zone.as_str().into(),
-            neighbours: BTreeSet::new(),
-        };
+        let here = self.here();
         let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
-        let port = proxy.port();
+        let ports = (proxy.port(), proxy.udp_ports());
         self.tasks.spawn("proxy", proxy.run());
-        Ok(Some(port))
+        Ok(Some(ports))
     }
 
     fn snapshot(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<(Rc<Leave>, Reader<snapshot::Status>)> {
@@ -380,14 +396,17 @@ impl Wiring<'_> {
         &mut self,
         dns_port: Option<u16>,
         proxy_port: Option<u16>,
+        udp: Option<Reader<udp::Ports>>,
     ) -> anyhow::Result<Option<(Undo, Reader<rules::Status>)>> {
         if !wants_kernel(self.config) {
             return Ok(None);
         }
         let Config { dns, proxy, .. } = self.config;
-        let ports = Ports { proxy: proxy_port, dns: dns_port.map(|port| (dns.listen.port(), port)) };
+        let dns_ports = dns_port.map(|port| (dns.listen.port(), port));
+        let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
-        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, counters, self.clock)?;
+        let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
+        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, udp, counters, self.clock)?;
         let shared = (rules.undo(), rules.status());
         self.tasks.spawn("rules", rules.run());
         Ok(Some(shared))

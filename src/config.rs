@@ -1,7 +1,9 @@
 //! Final configuration types: past this file there is no `Option` that means "default" and no string
 //! that means an address.
 
+mod dns;
 mod error;
+mod kube;
 mod raw;
 mod resolve;
 mod service;
@@ -123,7 +125,10 @@ pub struct KubeConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodNames {
     Disabled,
+    /// Whatever address is in the name, in a namespace that there is.
     Insecure,
+    /// Only those of Pods that are in the table.
+    Verified,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -131,12 +136,30 @@ pub struct DnsConfig {
     pub enable: bool,
     /// Where the responder is reached: weft0's address.
     pub listen: SocketAddr,
+    /// Addresses of this host that are bound as they are, beside it.
+    pub listen_also: Vec<SocketAddr>,
+    /// Namespace and name of a Service whose virtual addresses are answered here.
+    pub take_over: Option<(String, String)>,
     pub domain: String,
+    /// Reverse zones that are ours.
+    pub zones: Vec<String>,
+    /// Names below these that we do not have are asked of the upstreams; "." is all.
+    pub fallthrough: Vec<String>,
     pub ttl: u32,
     pub pods: PodNames,
+    /// Namespaces that are shown; empty: all.
+    pub namespaces: Vec<String>,
+    /// An endpoint without a hostname is called after its Pod.
+    pub endpoint_pod_names: bool,
+    /// A Service with virtual addresses and no ready endpoint is NXDOMAIN.
+    pub empty_is_missing: bool,
     pub upstream: Vec<Upstream>,
+    /// Domains with servers of their own.
+    pub stub: Vec<(String, Vec<SocketAddr>)>,
     /// Entries of the cache of foreign names.
     pub cache: usize,
+    /// Seconds for which a foreign answer is kept at most.
+    pub cache_ttl: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,6 +172,7 @@ pub enum Upstream {
 pub enum Backend {
     Auto,
     Iptables,
+    Nft,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -193,6 +217,12 @@ pub enum Congestion {
 pub struct TunnelConfig {
     pub enable: bool,
     pub listen: SocketAddr,
+    /// Interfaces whose addresses are candidates; empty: all but those of containers.
+    pub interfaces: Vec<String>,
+    /// Beacons on the links.
+    pub lan: bool,
+    /// The gateway is asked for a port.
+    pub port_mapping: bool,
     pub profile: Profile,
     pub congestion: Congestion,
     /// `name@host:port`; those of the bundle are used too.

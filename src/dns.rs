@@ -10,34 +10,42 @@ pub mod upstreams;
 pub mod wire;
 pub mod zone;
 
-pub use crate::resolver::{Forwarder, Resolver};
+pub use crate::resolver::{Forwarder, Resolver, Setup};
 
 use crate::{
     clock::Clock,
     config::DnsConfig,
+    holder,
+    links::Seen,
     metrics::{DnsCounters, bump},
     resolver::{Sink, To},
     shared::{Bell, Reader},
-    table::Table,
+    sys,
+    table::{Table, balance::Here},
 };
 use answer::{Answerer, Outcome, Via};
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use foreign::Head;
 use futures_lite::future::{or, pending, yield_now};
 use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    pin::Pin,
     rc::Rc,
+    task::Poll,
     time::{Duration, Instant},
 };
 use wire::Query;
 use zone::Zone;
 
-/// Datagrams that are answered without a yield: an always-ready socket would own the only thread.
+/// Batches of datagrams that are answered without a yield: an always-ready socket would own the only thread.
+const BATCHES: u32 = 4;
+/// The same for what is done on one connection.
 const BUDGET: u32 = 64;
-/// A query is a name of 255 bytes and options; a longer one is cut off by UDP and closes a TCP connection.
+/// A query is a name of 255 bytes and options; a longer one closes a TCP connection.
 const QUERY_MAX: usize = 4096;
 /// TCP connections. When full, the one that was idle the longest is closed for a new one.
 const CONNECTIONS_MAX: usize = 64;
@@ -45,6 +53,8 @@ const CONNECTIONS_MAX: usize = 64;
 const IDLE: Duration = Duration::from_secs(10);
 /// Queries of one connection that wait for an upstream; it is not read while there are as many.
 const PIPELINE_MAX: usize = 16;
+/// Less of its answers taken in [`IDLE`] is too slow.
+const SLOWEST: usize = 1024;
 /// Bytes of answers that a client has not read yet; above it no more queries are read.
 const BACKLOG_MAX: usize = 64 * 1024;
 /// Tries to find a port that is free for UDP and TCP.
@@ -52,13 +62,17 @@ const PORTS_MAX: usize = 64;
 /// After an accept failed (no descriptors left).
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// The responder. Answers only from sockets that are bound to `[dns] listen`'s address.
+/// The responder. Answers only from sockets that are bound to one address each.
 pub struct Server {
     state: State,
-    listener: Async<TcpListener>,
+    /// The first is on `[dns] listen`'s address.
+    sockets: Vec<(Async<UdpSocket>, Async<TcpListener>)>,
     forwarder: Forwarder,
     port: u16,
 }
+
+/// A TCP connection and the task that serves it.
+type Open = (Rc<Connection>, Task<()>);
 
 struct State {
     answerer: RefCell<Answerer>,
@@ -66,42 +80,47 @@ struct State {
     counters: Rc<DnsCounters>,
     clock: Clock,
     resolver: Resolver,
-    udp: Rc<Datagrams>,
+    seen: Reader<Seen>,
     scratch: RefCell<Vec<u8>>,
 }
 
 impl Server {
-    /// Binds a port that is free for UDP and TCP on the address of `cfg.listen`; the rules bring its port here.
+    /// Binds a port that is free for UDP and TCP on the address of `cfg.listen`, to which the rules bring its port; and
+    /// `cfg.listen_also` as they are.
     ///
     /// # Errors
-    /// Where the domain is none, or no port can be bound.
-    pub fn bind(
-        cfg: &DnsConfig,
-        table: Reader<Table>,
-        counters: Rc<DnsCounters>,
-        clock: Clock,
-        mark: u32,
-    ) -> anyhow::Result<Self> {
-        let zone = Zone::new(cfg, clock.unix() as u32)?;
+    /// Where the domain is none, or a port cannot be bound; the text names who has it.
+    pub fn bind(cfg: &DnsConfig, table: Reader<Table>, here: Here, setup: &Setup) -> anyhow::Result<Self> {
+        let mut zone = Zone::new(cfg, setup.clock.unix() as u32)?;
+        zone.here = here;
         let ip = cfg.listen.ip();
-        let (udp, listener) = (0..PORTS_MAX)
+        let first = (0..PORTS_MAX)
             .find_map(|_| bind_both(ip).transpose())
             .context("no port is free for both UDP and TCP")?
             .with_context(|| format!("dns: cannot bind {ip}"))?;
-        let at = udp.get_ref().local_addr().context("dns: socket")?;
-        let forwarder = Forwarder::new(cfg, Rc::clone(&counters), clock, mark);
+        let at = first.0.get_ref().local_addr().context("dns: socket")?;
+        let mut sockets = vec![first];
+        for also in &cfg.listen_also {
+            sockets.push(bind_at(*also)?);
+        }
+        for (udp, listener) in &sockets {
+            let is_v4 = listener.get_ref().local_addr().context("dns: socket")?.is_ipv4();
+            let told = sys::tell_interfaces(udp, is_v4).and_then(|()| sys::tell_interfaces(listener, is_v4));
+            told.context("dns: sockets cannot tell by which interface a query comes")?;
+        }
+        let forwarder = Forwarder::new(cfg, setup);
         let resolver = forwarder.resolver();
         resolver.is_at(at);
         let state = State {
             answerer: RefCell::new(Answerer::new(zone)),
             table,
-            counters,
-            clock,
+            counters: Rc::clone(&setup.counters),
+            clock: setup.clock,
             resolver,
-            udp: Rc::new(Datagrams(udp)),
+            seen: forwarder.seen(),
             scratch: RefCell::new(vec![0; QUERY_MAX]),
         };
-        Ok(Self { state, listener, forwarder, port: at.port() })
+        Ok(Self { state, sockets, forwarder, port: at.port() })
     }
 
     #[must_use]
@@ -122,12 +141,25 @@ impl Server {
     pub async fn run(self) -> anyhow::Result<()> {
         let state = Rc::new(self.state);
         let tasks = LocalExecutor::new();
-        let upstreams = tasks.spawn(self.forwarder.run());
-        let datagrams = tasks.spawn(datagrams(Rc::clone(&state)));
-        let streams = accept(state, self.listener, &tasks);
-        tasks.run(or(or(datagrams, upstreams), streams)).await
+        let open = RefCell::new(Vec::new());
+        let mut parts: Vec<Part<'_>> = vec![Box::pin(tasks.spawn(self.forwarder.run()))];
+        for (udp, listener) in self.sockets {
+            parts.push(Box::pin(tasks.spawn(datagrams(Rc::clone(&state), Rc::new(Datagrams(udp))))));
+            parts.push(Box::pin(accept(Rc::clone(&state), listener, &tasks, &open)));
+        }
+        let first = poll_fn(|cx| {
+            let ended = parts.iter_mut().find_map(|part| match part.as_mut().poll(cx) {
+                Poll::Ready(end) => Some(end),
+                Poll::Pending => None,
+            });
+            ended.map_or(Poll::Pending, Poll::Ready)
+        });
+        tasks.run(first).await
     }
 }
+
+/// None of them ends while all is well.
+type Part<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;
 
 /// None where the port that UDP got is taken for TCP.
 fn bind_both(ip: IpAddr) -> io::Result<Option<(Async<UdpSocket>, Async<TcpListener>)>> {
@@ -140,7 +172,31 @@ fn bind_both(ip: IpAddr) -> io::Result<Option<(Async<UdpSocket>, Async<TcpListen
     }
 }
 
+/// Both transports at an address that need not exist yet.
+fn bind_at(at: SocketAddr) -> anyhow::Result<(Async<UdpSocket>, Async<TcpListener>)> {
+    let (mut udp, mut tcp) = (sys::udp_socket(&at), sys::tcp_listener(&at));
+    for (is_tcp, error) in [(false, udp.as_mut().err()), (true, tcp.as_mut().err())] {
+        if error.is_some_and(|e| e.kind() == io::ErrorKind::AddrInUse) {
+            let (transport, holder) = (if is_tcp { "TCP" } else { "UDP" }, holder::of(at, is_tcp));
+            let holder = holder.unwrap_or_else(|| "another process".into());
+            bail!("dns.listen_also: {at} ({transport}) is taken by {holder}");
+        }
+    }
+    let context = || format!("dns.listen_also: cannot bind {at}");
+    Ok((Async::new(udp.with_context(context)?)?, Async::new(tcp.with_context(context)?)?))
+}
+
 impl State {
+    /// We answer those whom we redirect, and nobody outside.
+    /// `own`: the source is the very address that is asked, and so this host, whatever interface has the address.
+    fn serves(&self, interface: u32, own: bool) -> bool {
+        let served = own || self.seen.read(|s| s.serves(interface));
+        if !served {
+            bump(&self.counters.refused);
+        }
+        served
+    }
+
     /// Answers a message into `out`, or passes it on; true: send `out` now.
     fn serve(&self, message: &[u8], via: Via, to: impl FnOnce() -> To, out: &mut Vec<u8>) -> bool {
         bump(&self.counters.queries);
@@ -182,22 +238,26 @@ impl Sink for Datagrams {
     }
 }
 
-async fn datagrams(state: Rc<State>) -> anyhow::Result<()> {
-    let mut message = vec![0; QUERY_MAX];
-    let mut out = Vec::with_capacity(wire::EDNS_MAX);
+async fn datagrams(state: Rc<State>, udp: Rc<Datagrams>) -> anyhow::Result<()> {
+    let mut batch = sys::Batch::default();
+    let at = udp.0.get_ref().local_addr().context("dns: socket")?.ip();
     for turn in 1_u32.. {
-        match state.udp.0.get_ref().recv_from(&mut message) {
-            Ok((n, from)) => {
-                let to = || To { sink: Rc::clone(&state.udp) as Rc<dyn Sink>, from: Some(from) };
-                if state.serve(&message[..n], Via::Udp, to, &mut out) {
-                    state.udp.give(Some(from), &out);
+        match batch.receive(udp.0.get_ref()) {
+            Ok(_) => {
+                batch.each(|message, from, interface, out| {
+                    let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
+                    state.serves(interface, from.ip() == at) && state.serve(message, Via::Udp, to, out)
+                });
+                // one that the kernel does not take is lost as on the wire; the client asks again
+                if let Err(why) = batch.send(udp.0.get_ref()) {
+                    log::debug!("dns: replies: {why}");
                 }
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => state.udp.0.readable().await.context("dns: UDP")?,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => udp.0.readable().await.context("dns: UDP")?,
             // an ICMP error of an earlier reply
             Err(e) => log::debug!("dns: receive: {e}"),
         }
-        if turn.is_multiple_of(BUDGET) {
+        if turn.is_multiple_of(BATCHES) {
             yield_now().await;
         }
     }
@@ -210,6 +270,8 @@ struct Connection {
     out: RefCell<Vec<u8>>,
     /// Queries at the forwarder.
     waiting: Cell<usize>,
+    /// Bytes written since it was used last.
+    taken: Cell<usize>,
     used: Cell<Instant>,
     bell: Bell,
 }
@@ -236,38 +298,52 @@ impl Sink for Connection {
     }
 }
 
-async fn accept(state: Rc<State>, listener: Async<TcpListener>, tasks: &LocalExecutor<'static>) -> anyhow::Result<()> {
-    let mut open: Vec<(Rc<Connection>, Task<()>)> = Vec::new();
+async fn accept(
+    state: Rc<State>,
+    listener: Async<TcpListener>,
+    tasks: &LocalExecutor<'static>,
+    open: &RefCell<Vec<Open>>,
+) -> anyhow::Result<()> {
+    let at = listener.get_ref().local_addr().context("dns: socket")?.ip();
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(why) => {
                 log::debug!("dns: accept: {why}");
                 Timer::after(ACCEPT_AGAIN).await;
                 continue;
             }
         };
-        open.retain(|(_, task)| !task.is_finished());
-        if open.len() >= CONNECTIONS_MAX
-            && let Some(idle) = (0..open.len()).min_by_key(|i| open[*i].0.used.get())
-        {
-            drop(open.swap_remove(idle));
+        if !sys::interface_of(stream.get_ref()).is_ok_and(|i| state.serves(i, from.ip() == at)) {
+            continue;
         }
-        let connection = Rc::new(Connection {
-            out: RefCell::default(),
-            waiting: Cell::new(0),
-            used: Cell::new(state.clock.now()),
-            bell: Bell::default(),
-        });
-        let (state, its) = (Rc::clone(&state), Rc::clone(&connection));
-        let task = tasks.spawn(async move {
-            if let Err(why) = serve_stream(&state, &stream, &its).await {
-                log::debug!("dns: connection: {why}");
-            }
-        });
-        open.push((connection, task));
+        admit(&state, stream, tasks, &mut open.borrow_mut());
         yield_now().await;
     }
+}
+
+/// Serves a connection beside the others; when there are too many the most idle one goes.
+fn admit(state: &Rc<State>, stream: Async<TcpStream>, tasks: &LocalExecutor<'static>, open: &mut Vec<Open>) {
+    open.retain(|(_, task)| !task.is_finished());
+    if open.len() >= CONNECTIONS_MAX
+        && let Some(idle) = (0..open.len()).min_by_key(|i| open[*i].0.used.get())
+    {
+        drop(open.swap_remove(idle));
+    }
+    let connection = Rc::new(Connection {
+        out: RefCell::default(),
+        waiting: Cell::new(0),
+        taken: Cell::new(0),
+        used: Cell::new(state.clock.now()),
+        bell: Bell::default(),
+    });
+    let (state, its) = (Rc::clone(state), Rc::clone(&connection));
+    let task = tasks.spawn(async move {
+        if let Err(why) = serve_stream(&state, &stream, &its).await {
+            log::debug!("dns: connection: {why}");
+        }
+    });
+    open.push((connection, task));
 }
 
 /// Serves one connection until its client has closed it and has its answers, or is idle.
@@ -279,7 +355,8 @@ async fn serve_stream(state: &State, stream: &Async<TcpStream>, connection: &Rc<
     for turn in 1_u32.. {
         let wrote = write_some(stream, connection)?;
         let took = take_query(state, connection, &mut partial, &mut reply)?;
-        if wrote || took {
+        if took || connection.taken.get() >= SLOWEST || wrote && connection.out.borrow().is_empty() {
+            connection.taken.set(0);
             connection.used.set(state.clock.now());
         }
         let reads = !ended && connection.has_room() && partial.len() <= QUERY_MAX;
@@ -329,6 +406,7 @@ fn write_some(stream: &Async<TcpStream>, connection: &Connection) -> io::Result<
     }
     match stream.get_ref().write(&out) {
         Ok(n) => {
+            connection.taken.set(connection.taken.get() + n);
             out.drain(..n);
             if out.is_empty() {
                 *out = Vec::new(); // an idle connection owns no buffer

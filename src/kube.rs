@@ -28,7 +28,7 @@ use crate::{
 };
 use anyhow::{Context, bail, ensure};
 use files::{Check, Reading};
-use loading::{IntoTable, Loading};
+use loading::{IntoTable, Loading, Wanted};
 use smol::{Timer, future::yield_now};
 use std::{
     cell::RefCell,
@@ -167,7 +167,7 @@ pub struct Manifests {
     loaded_once: bool,
     /// The table holds what files said before a restart, and not all of them could be read since.
     stale: bool,
-    pod_names: bool,
+    wanted: Wanted,
     sources: Sources,
 }
 
@@ -187,7 +187,7 @@ impl Manifests {
             files: BTreeMap::new(),
             complaints: BTreeMap::new(),
             loaded_once: false,
-            pod_names: false,
+            wanted: Wanted::default(),
             sources: Sources::default(),
         }
     }
@@ -195,7 +195,14 @@ impl Manifests {
     /// Keeps the names of the endpoints' pods, which only a DNS that names endpoints by them needs.
     #[must_use]
     pub fn with_pod_names(mut self, on: bool) -> Self {
-        self.pod_names = on;
+        self.wanted.pod_names = on;
+        self
+    }
+
+    /// Keeps the Pods themselves, which only a DNS that verifies their names needs.
+    #[must_use]
+    pub fn with_pods(mut self, on: bool) -> Self {
+        self.wanted.pods = on;
         self
     }
 
@@ -266,7 +273,7 @@ impl Manifests {
                 });
                 continue;
             }
-            let mut loading = Loading::new(at, &kept, objects, endpoints, self.pod_names);
+            let mut loading = Loading::new(at, &kept, objects, endpoints, self.wanted);
             let end = read(path, &self.table, &mut loading).await;
             (objects, endpoints) = (loading.objects, loading.endpoints);
             file.ids = loading.ids;

@@ -6,14 +6,15 @@ use crate::{
     config::{DnsConfig, Upstream},
     dns::{
         answer::TCP_MAX,
-        cache::{Cache, TTL_MAX},
+        cache::Cache,
         foreign::{self, Head},
         forward::{Forward, Output, Transport},
         upstreams::{self, OPENWRT, RESOLVED},
         wire::{self, flag, kind},
     },
+    links::{self, Links, Seen},
     metrics::DnsCounters,
-    shared::{Bell, Listener},
+    shared::{Bell, Listener, Reader},
     sys,
 };
 use anyhow::{Context as _, bail};
@@ -72,7 +73,21 @@ impl PartialEq for To {
 pub struct Resolver(Rc<Hub>);
 
 /// Runs the exchanges with the upstreams.
-pub struct Forwarder(Rc<Hub>);
+pub struct Forwarder {
+    hub: Rc<Hub>,
+    links: Links,
+}
+
+/// What a forwarder needs beside `[dns]`.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub counters: Rc<DnsCounters>,
+    pub clock: Clock,
+    /// The mark of the sockets to the upstreams.
+    pub mark: u32,
+    /// As `[proxy] interfaces` has them: whose clients are served.
+    pub interfaces: Vec<String>,
+}
 
 struct Hub {
     core: RefCell<Forward<To>>,
@@ -80,6 +95,7 @@ struct Hub {
     clock: Clock,
     mark: u32,
     sources: RefCell<Sources>,
+    seen: Reader<Seen>,
     scratch: RefCell<Vec<u8>>,
     /// Said once: every socket would say the same.
     mark_refused: Cell<bool>,
@@ -87,22 +103,36 @@ struct Hub {
 
 impl Forwarder {
     #[must_use]
-    pub fn new(cfg: &DnsConfig, counters: Rc<DnsCounters>, clock: Clock, mark: u32) -> Self {
-        let core = Forward::new(Cache::new(cfg.cache, TTL_MAX), random_ids(), counters);
-        Self(Rc::new(Hub {
+    pub fn new(cfg: &DnsConfig, setup: &Setup) -> Self {
+        let cache = Cache::new(cfg.cache, cfg.cache_ttl);
+        let mut core = Forward::new(cache, random_ids(), Rc::clone(&setup.counters));
+        let sources = Sources::new(cfg);
+        for (domain, servers) in &cfg.stub {
+            let others: Vec<SocketAddr> = servers.iter().filter(|s| !sources.own.contains(s)).copied().collect();
+            core.set_stub(&wire::encode_name(domain).unwrap_or_default(), &others);
+        }
+        let links = Links::new(&setup.interfaces);
+        let hub = Rc::new(Hub {
             core: RefCell::new(core),
             bell: Bell::default(),
-            clock,
-            mark,
-            sources: RefCell::new(Sources::new(cfg)),
+            clock: setup.clock,
+            mark: setup.mark,
+            sources: RefCell::new(sources),
+            seen: links.seen(),
             scratch: RefCell::new(vec![0; DATAGRAM_MAX]),
             mark_refused: Cell::new(false),
-        }))
+        });
+        Self { hub, links }
+    }
+
+    /// The links as they are.
+    pub(crate) fn seen(&self) -> Reader<Seen> {
+        self.hub.seen.clone()
     }
 
     #[must_use]
     pub fn resolver(&self) -> Resolver {
-        Resolver(Rc::clone(&self.0))
+        Resolver(Rc::clone(&self.hub))
     }
 
     /// Never ends.
@@ -111,8 +141,11 @@ impl Forwarder {
     /// None so far: what fails is one exchange.
     pub async fn run(self) -> anyhow::Result<()> {
         let tasks = LocalExecutor::new();
-        let listener = self.0.bell.listen();
-        tasks.run(self.0.drive(&tasks, listener)).await
+        let listener = self.hub.bell.listen();
+        let links = tasks.spawn(self.links.run());
+        let driven = tasks.run(self.hub.drive(&tasks, listener)).await;
+        drop(links);
+        driven
     }
 }
 
@@ -188,6 +221,7 @@ impl Sink for Slot {
 impl Hub {
     async fn drive(self: &Rc<Self>, tasks: &LocalExecutor<'static>, mut listener: Listener) -> anyhow::Result<()> {
         let mut sockets = HashMap::new();
+        let (mut changes, mut uplinks) = (self.seen.listen(), self.seen.read(|s| s.uplinks.clone()));
         let mut buf = Vec::new();
         loop {
             let wake = loop {
@@ -208,8 +242,16 @@ impl Hub {
                     None => pending().await,
                 }
             };
-            or(listener.rung(), timer).await;
-            self.core.borrow_mut().handle_timeout(self.clock.now());
+            or(listener.rung(), or(changes.rung(), timer)).await;
+            let now = self.clock.now();
+            let old = std::mem::replace(&mut uplinks, self.seen.read(|s| s.uplinks.clone()));
+            if old == uplinks {
+                self.core.borrow_mut().handle_timeout(now);
+            } else {
+                log::info!("dns: the way out is now by {uplinks:?}");
+                self.sources.borrow_mut().checked = None;
+                self.core.borrow_mut().handle_link_change(now);
+            }
         }
     }
 
@@ -315,7 +357,7 @@ struct Sources {
 
 impl Sources {
     fn new(cfg: &DnsConfig) -> Self {
-        let own = vec![cfg.listen];
+        let own = [&[cfg.listen], &cfg.listen_also[..]].concat();
         Self { upstream: cfg.upstream.clone(), own, stamps: Vec::new(), checked: None, servers: None }
     }
 
@@ -345,7 +387,7 @@ impl Sources {
             match upstream {
                 Upstream::Server(address) => servers.push(*address),
                 Upstream::ResolvConf(path) => {
-                    let read = |path: &Path| read(path).map(|text| upstreams::servers(&text, interface_index));
+                    let read = |path: &Path| read(path).map(|text| upstreams::servers(&text, links::index));
                     servers.extend(upstreams::behind_stubs(path, read));
                 }
             }
@@ -370,13 +412,6 @@ fn stamp(path: &Path) -> Stamp {
 fn read(path: &Path) -> Option<String> {
     let small = fs::metadata(path).ok().filter(|m| m.is_file() && m.len() <= FILE_MAX);
     small.and_then(|_| fs::read_to_string(path).ok())
-}
-
-fn interface_index(name: &str) -> Option<u32> {
-    if name.contains('/') {
-        return None;
-    }
-    read(&Path::new("/sys/class/net").join(name).join("ifindex"))?.trim().parse().ok()
 }
 
 /// Ids from the system's generator, some at a time: with the port, all that keeps forged answers out.

@@ -4,6 +4,7 @@ pub mod balance;
 mod index;
 pub mod model;
 mod names;
+mod pods;
 mod reduce;
 pub mod scope;
 pub mod snapshot;
@@ -73,6 +74,7 @@ pub struct Table {
     nodes: BTreeMap<Name, Versions<NodeInfo>>,
     /// The nodes whose visible version has the address. Sites behind NATs often share private addresses.
     node_addresses: BTreeMap<IpAddr, Vec<Name>>,
+    pods: pods::Pods,
     /// All versions' vips and external addresses -> slot.
     by_vip: Index,
     /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
@@ -133,7 +135,7 @@ impl Table {
 
     #[must_use]
     pub fn has_namespace(&self, namespace: &str) -> bool {
-        self.namespaces.get(namespace).is_some_and(|n| n.services > 0)
+        self.namespaces.get(namespace).is_some_and(|n| n.services > 0) || self.pods.in_namespace(namespace)
     }
 
     /// The Service whose virtual (or external) address this is. Of several that share an external address the first;
@@ -197,6 +199,12 @@ impl Table {
         self.node_addresses.get(&address).map_or(&[], Vec::as_slice)
     }
 
+    /// Whether a Pod of the namespace has the address.
+    #[must_use]
+    pub fn has_pod(&self, namespace: &str, address: IpAddr) -> bool {
+        self.pods.has(namespace, address)
+    }
+
     /// How many objects a source has in the table, seen or shadowed.
     #[must_use]
     pub fn objects(&self, source: Source) -> usize {
@@ -205,6 +213,7 @@ impl Table {
         }
         self.records.iter().map(|r| of(&r.services, source) + of(&r.slices, source)).sum::<usize>()
             + self.nodes.values().map(|n| of(n, source)).sum::<usize>()
+            + self.pods.versions().map(|p| of(p, source)).sum::<usize>()
     }
 
     /// The port of a slice that a Service's port stands for: joined by name and protocol.

@@ -1,7 +1,12 @@
 //! The tunnel's driver: one UDP socket under the sans-IO [`node::Node`], and the handles and streams by which
 //! the rest of the process uses it.
 
+mod admit;
+mod candidates;
+mod carry;
 mod cid;
+mod congestion;
+mod connect;
 mod control;
 mod dial;
 mod disco;
@@ -18,19 +23,27 @@ mod open;
 mod outbox;
 mod path;
 mod peer;
+pub mod portmap;
+mod predict;
 mod punch;
 mod recall;
 mod relay;
 mod slot;
 mod stream;
 mod streams;
+pub mod survey;
 mod transport;
+mod uplinks;
+#[cfg(test)]
+mod vectors;
 mod view;
 mod ways;
+mod windows;
 
 pub use home::RelaySpec;
 pub use keys::Key;
 pub use lan::Link;
+pub use path::Way;
 pub use recall::Remembered;
 pub use relay::RelayLoad;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
@@ -38,10 +51,11 @@ pub use streams::Progress;
 
 use crate::{
     clock::Clock,
-    config::TunnelConfig,
+    config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
-    netlink::Monitor,
+    portmap::Mapper,
     shared::Listener,
+    uplinks::Links,
 };
 use anyhow::{Context as _, bail};
 use futures_lite::{
@@ -65,7 +79,8 @@ use std::{
 };
 use stream::Shared;
 
-/// Datagrams, or batches of them, that one receive call takes.
+/// Datagrams, or batches of them, that one receive call takes. More of them are no faster: without GRO it is the kernel's
+/// work for each datagram that counts, with it their buffers are 64 kB each.
 const RX_BATCH: usize = 2;
 /// The largest batch that the kernel hands over by GRO.
 const RX_BUFFER: usize = 64 << 10;
@@ -75,8 +90,6 @@ const BUDGET: usize = 16;
 const GSO_MOST: usize = 32;
 /// What the kernel keeps for us while other tasks run; it may grant less.
 const SOCKET_BUFFER: usize = 1 << 20;
-/// Of the block for one site, RFC 2365 section 6.1. All nodes that are to find each other listen on one port.
-const LAN_GROUP: Ipv4Addr = Ipv4Addr::new(239, 255, 120, 67);
 /// Relays' names that wait to be looked up; there are at most 8 relays.
 const LOOKUPS_MAX: usize = 16;
 
@@ -97,9 +110,10 @@ pub struct Driver {
     resolving: Option<Resolving>,
     v6: bool,
     port: u16,
-    links: Vec<Link>,
-    /// None where the kernel has no netlink for us: links are then as they were at the start.
-    monitor: Option<Monitor>,
+    /// How often each relay's name was looked up: another of its addresses each time.
+    tries: Vec<usize>,
+    links: Links,
+    mapper: Mapper,
 }
 
 /// Why the driver is awake.
@@ -181,9 +195,9 @@ impl Driver {
             local,
             name,
             relays,
-            profile: config.profile,
+            profile: profile(config.profile),
             congestion: config.congestion,
-            lan: true,
+            lan: config.lan,
             gso: 1,
             seed: None,
         };
@@ -191,6 +205,7 @@ impl Driver {
         node.remember(remembered);
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
+        let links = Links::new(config, &socket, v6, port);
         let driver = Self {
             socket,
             udp,
@@ -202,8 +217,9 @@ impl Driver {
             resolving: None,
             v6,
             port,
-            links: Vec::new(),
-            monitor: Monitor::open().map_err(|e| log::warn!(target: "tunnel", "{e:#}")).ok(),
+            tries: Vec::new(),
+            links,
+            mapper: Mapper::new(port, config.port_mapping),
         };
         Ok((driver, handle))
     }
@@ -228,24 +244,29 @@ impl Driver {
         let mut rx = vec![0; RX_BUFFER * RX_BATCH];
         let mut tx = Vec::new();
         let mut bell = self.shared.bell.listen();
-        self.refresh_links();
+        self.look();
         loop {
             let wake = self.drain(&mut tx).await;
             if self.shared.closing.get() {
+                self.mapper.bye();
                 self.shared.closed.ring();
                 return Ok(());
             }
+            let wake = [wake, self.mapper.wake].into_iter().flatten().min();
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
             match woke {
                 Woke::Ready => {}
-                Woke::Links => self.refresh_links(),
+                Woke::Links => self.look(),
                 Woke::Resolved(relay, address) => {
                     self.resolving = None;
                     self.shared.node().resolved(self.clock.now(), relay, address);
                 }
             }
             self.receive(&mut rx);
+            if let Some(mapped) = self.mapper.turn(self.clock.now()) {
+                self.shared.node().set_mapped(self.clock.now(), mapped);
+            }
             self.shared.node().handle_tick(self.clock.now());
             self.next_lookup();
         }
@@ -274,15 +295,10 @@ impl Driver {
                 None => std::future::pending().await,
             }
         };
-        let monitor = &self.monitor;
-        let links = async {
-            match monitor {
-                Some(monitor) => monitor.changed().await.map(|()| Woke::Links),
-                None => std::future::pending().await,
-            }
-        };
+        let links = async { self.links.changed().await.map(|()| Woke::Links) };
+        let gateway = async { self.mapper.readable().await.map(|()| Woke::Ready) };
         let readable = async { self.socket.readable().await.map(|()| Woke::Ready) };
-        or(or(rung, readable), or(links, or(timer, resolved))).await
+        or(or(rung, readable), or(links, or(timer, or(resolved, gateway)))).await
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.
@@ -291,8 +307,8 @@ impl Driver {
             let now = self.clock.now();
             let output = self.shared.node().poll_output(now, tx);
             match output {
-                Output::Send { to, segment } => self.send(to, tx, segment).await,
-                Output::Beacon => self.beacon(tx),
+                Output::Send { to, local, segment } => self.send(Way { remote: to, local }, tx, segment).await,
+                Output::Beacon => self.links.beacon(&self.socket, &self.udp, tx),
                 Output::Event(Event::Resolve { relay, host }) => {
                     let port = self.shared.node().relay_port(relay);
                     if self.lookups.len() < LOOKUPS_MAX {
@@ -318,14 +334,20 @@ impl Driver {
         let Some((relay, port, host)) = self.lookups.pop_front() else { return };
         let found = (self.lookup)(host.clone());
         let v6 = self.v6;
+        // Two views of IPv4 tell what a NAT does, so IPv4 goes first where there is any.
+        let v4_first = self.links.survey.uplinks.iter().any(|u| u.address.is_ipv4());
+        self.tries.resize(self.tries.len().max(relay + 1), 0);
+        let turn = self.tries[relay];
+        self.tries[relay] = turn.wrapping_add(1);
         self.resolving = Some(
             async move {
                 let address = match found.await {
-                    Ok(list) => list
-                        .iter()
-                        .find(|ip| ip.is_ipv4() || v6)
-                        .map(|ip| SocketAddr::new(*ip, port))
-                        .ok_or_else(|| format!("{host} has no address that we can reach")),
+                    Ok(mut list) => {
+                        list.retain(|ip| ip.is_ipv4() || v6);
+                        list.sort_by_key(|ip| ip.is_ipv4() != v4_first);
+                        let nth = list.get(turn % list.len().max(1)).map(|ip| SocketAddr::new(*ip, port));
+                        nth.ok_or_else(|| format!("{host} has no address that we can reach"))
+                    }
                     Err(error) => Err(format!("{host} was not found: {error}")),
                 };
                 (relay, address)
@@ -334,12 +356,11 @@ impl Driver {
         );
     }
 
-    async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>) {
-        let destination = match (self.v6, to) {
-            (true, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
-            _ => to,
-        };
-        let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip: None };
+    async fn send(&self, way: Way, bytes: &[u8], segment: Option<usize>) {
+        let (to, src_ip) = (way.remote, way.local);
+        let destination = self.links.destination(to);
+        self.links.leave_by(&self.socket, to, src_ip);
+        let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip };
         loop {
             match self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
                 Ok(()) => return,
@@ -359,40 +380,17 @@ impl Driver {
         }
     }
 
-    /// By multicast on each link.
-    fn beacon(&self, frame: &[u8]) {
-        let group = SocketAddr::new(LAN_GROUP.into(), self.port);
-        let to = if self.v6 { SocketAddr::new(LAN_GROUP.to_ipv6_mapped().into(), self.port) } else { group };
-        for link in &self.links {
-            let IpAddr::V4(interface) = link.address else { continue };
-            let sent = crate::sys::multicast_by(&self.socket, interface).and_then(|()| {
-                let transmit =
-                    Transmit { destination: to, ecn: None, contents: frame, segment_size: None, src_ip: None };
-                self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
-            });
-            if let Err(error) = sent {
-                log::debug!(target: "tunnel", "beacon by {interface}: {error}");
-            }
+    /// The node hears where the host is now.
+    fn look(&mut self) {
+        let now = self.clock.now();
+        if self.links.look(now, &self.socket) {
+            let survey = &self.links.survey;
+            let uplinks = survey.uplinks.iter().map(|u| u.address).collect();
+            let mut node = self.shared.node();
+            node.set_uplinks(now, uplinks, survey.near.clone(), self.links.named());
+            node.set_links(now, survey.links.clone(), self.port);
+            self.mapper.set_gateway(now, survey.gateway);
         }
-    }
-
-    /// Which links we are on: new ones are listened on, and the node looks for paths anew.
-    fn refresh_links(&mut self) {
-        let found = match crate::netlink::reachable_at(&[]) {
-            Ok(found) => found,
-            Err(error) => return log::debug!(target: "tunnel", "{error:#}"),
-        };
-        let links: Vec<Link> =
-            found.iter().map(|(ip, prefix)| Link { address: (*ip).into(), prefix: *prefix }).collect();
-        for (ip, _) in found {
-            if !self.links.iter().any(|l| l.address == ip) {
-                // EADDRINUSE: we are a member by another address of the same link already.
-                let _ = self.socket.get_ref().join_multicast_v4(&LAN_GROUP, &ip);
-            }
-        }
-        let (now, port) = (self.clock.now(), self.port);
-        self.shared.node().set_links(now, links.clone(), port);
-        self.links = links;
     }
 
     fn receive(&self, rx: &mut [u8]) {
@@ -406,12 +404,27 @@ impl Driver {
             let Ok(count) = received else { return };
             let now = self.clock.now();
             for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
-                self.shared.node().handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+                let way = Way { remote: meta.addr, local: meta.dst_ip };
+                let mut node = self.shared.node();
+                node.handle_datagrams(now, way, &mut chunk[..meta.len], meta.stride);
+                node.account(|| self.clock.now());
             }
             if count < RX_BATCH {
                 return;
             }
         }
+    }
+}
+
+/// Below 1 GB of RAM, the container's or the machine's, a node is a router.
+fn profile(wanted: Profile) -> Profile {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let kib = |meminfo: &str| meminfo.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok();
+    let limit = read("/sys/fs/cgroup/memory.max").trim().parse::<u64>().map_or(u64::MAX, |bytes| bytes >> 10);
+    match wanted {
+        Profile::Auto if kib(&read("/proc/meminfo")).unwrap_or(0).min(limit) >= 1 << 20 => Profile::Server,
+        Profile::Auto | Profile::Router => Profile::Router,
+        Profile::Server => Profile::Server,
     }
 }
 

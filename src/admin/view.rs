@@ -73,6 +73,9 @@ pub struct Peer {
     pub path: String,
     pub via: String,
     pub rtt_ms: Option<u32>,
+    /// Of the path, while there is a connection: bbr or cubic, and the largest datagram.
+    pub congestion: String,
+    pub mtu: u16,
     pub since_secs: u64,
     pub streams: usize,
     pub tx_bytes: u64,

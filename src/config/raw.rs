@@ -1,6 +1,7 @@
 //! The file as it stands: every key optional, unknown ones refused. Values that are parsed further keep their place.
 
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use toml::Spanned;
 
 pub(super) type Text = Option<Spanned<String>>;
@@ -48,11 +49,20 @@ pub(super) struct RawKube {
 pub(super) struct RawDns {
     pub(super) enable: Option<bool>,
     pub(super) listen: Text,
+    pub(super) listen_also: Option<Vec<Spanned<String>>>,
+    pub(super) take_over: Text,
     pub(super) domain: Text,
+    pub(super) zones: Option<Vec<Spanned<String>>>,
+    pub(super) fallthrough: Option<Vec<Spanned<String>>>,
     pub(super) ttl: Number,
     pub(super) pods: Text,
+    pub(super) namespaces: Option<Vec<Spanned<String>>>,
+    pub(super) endpoint_pod_names: Option<bool>,
+    pub(super) empty_services: Text,
     pub(super) upstream: Option<Vec<Spanned<String>>>,
+    pub(super) stub: Option<BTreeMap<Spanned<String>, Vec<Spanned<String>>>>,
     pub(super) cache: Number,
+    pub(super) cache_ttl: Number,
 }
 
 #[derive(Default, Deserialize)]
@@ -77,6 +87,9 @@ pub(super) struct RawBalancer {
 pub(super) struct RawTunnel {
     pub(super) enable: Option<bool>,
     pub(super) listen: Text,
+    pub(super) interfaces: Option<Vec<Spanned<String>>>,
+    pub(super) lan: Option<bool>,
+    pub(super) port_mapping: Option<bool>,
     pub(super) profile: Text,
     pub(super) congestion: Text,
     pub(super) relays: Option<Vec<Spanned<String>>>,

@@ -1,15 +1,12 @@
 //! Text -> final types: the defaults, with what the file says put in their places.
 
 use super::{
-    AdminConfig, Api, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig,
-    PodNames, Policy, Profile, ProxyConfig, RelayConfig, ServerKind, TunnelConfig, Upstream,
-    raw::{Number, RawConfig, RawDns, RawKube, RawNode, RawProxy, RawTunnel},
+    AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
+    Profile, ProxyConfig, RelayConfig, TunnelConfig,
+    raw::{Number, RawConfig, RawNode, RawProxy, RawTunnel},
     service,
 };
-use crate::{
-    kube::{access, convert::check_name},
-    tunnel::identity::{NAME_MAX, network_name, node_name},
-};
+use crate::tunnel::identity::{network_name, node_name};
 use log::LevelFilter;
 use std::{
     fmt::Debug,
@@ -18,8 +15,6 @@ use std::{
 };
 use toml::Spanned;
 
-/// EdgeMesh's address for its DNS, so that an edgecore's `clusterDNS` needs no change.
-const DNS_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)), 53);
 const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 7843);
 
 /// Bit 5. Taken are 8–13 (OpenWrt mwan3's 0x3F00; 13 by the CNI portmap plugin too), 14 and 15 (kube-proxy), 16–23
@@ -28,10 +23,6 @@ const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFI
 /// github.com/fwmark/registry, and each project's own default.
 const MARK: u32 = 1 << 5;
 
-/// CoreDNS's bound for its `ttl`.
-const TTL_MAX: u32 = 3_600;
-/// An entry of the cache takes up to ~1 kB, and routers have 64 MB.
-const CACHE_MAX: usize = 65_536;
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
 /// Linux: IFNAMSIZ is 16 with its NUL.
@@ -50,24 +41,8 @@ impl Default for Config {
                 bundle: None,
                 log: LevelFilter::Info,
             },
-            kube: KubeConfig {
-                api: Api::None,
-                kubeconfig: None,
-                token_file: None,
-                ca_file: None,
-                namespaces: Vec::new(),
-                server: ServerKind::Auto,
-                manifests: Vec::new(),
-            },
-            dns: DnsConfig {
-                enable: true,
-                listen: DNS_LISTEN,
-                domain: "cluster.local".into(),
-                ttl: 30,
-                pods: PodNames::Insecure,
-                upstream: vec![Upstream::ResolvConf("/etc/resolv.conf".into())],
-                cache: 1_024,
-            },
+            kube: KubeConfig::default(),
+            dns: DnsConfig::default(),
             proxy: ProxyConfig {
                 enable: true,
                 backend: Backend::Auto,
@@ -80,6 +55,9 @@ impl Default for Config {
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
+                interfaces: Vec::new(),
+                lan: true,
+                port_mapping: true,
                 profile: Profile::Auto,
                 congestion: Congestion::Auto,
                 relays: Vec::new(),
@@ -116,7 +94,7 @@ impl Config {
 }
 
 const SOCKET: &str = "an absolute path of up to 107 bytes";
-const PATH: &str = "an absolute path";
+pub(super) const PATH: &str = "an absolute path";
 
 /// Puts the file's values in the places of the defaults.
 pub(super) struct Put<'t> {
@@ -154,7 +132,7 @@ impl Put<'_> {
         Ok(())
     }
 
-    fn list<T>(
+    pub(super) fn list<T>(
         &self,
         slot: &mut Vec<T>,
         key: &str,
@@ -170,7 +148,7 @@ impl Put<'_> {
         Ok(())
     }
 
-    fn choice<T: Copy>(
+    pub(super) fn choice<T: Copy>(
         &self,
         slot: &mut T,
         key: &str,
@@ -181,7 +159,7 @@ impl Put<'_> {
         self.value(slot, key, raw, &expected, |s| choices.iter().find(|(name, _)| name == s).map(|(_, v)| *v))
     }
 
-    fn number<T>(
+    pub(super) fn number<T>(
         &self,
         slot: &mut T,
         key: &str,
@@ -197,7 +175,7 @@ impl Put<'_> {
         })
     }
 
-    fn flag(&self, slot: &mut bool, raw: Option<bool>) {
+    pub(super) fn flag(&self, slot: &mut bool, raw: Option<bool>) {
         *slot = raw.unwrap_or(*slot);
     }
 
@@ -226,73 +204,11 @@ impl Put<'_> {
         )
     }
 
-    fn kube(&self, c: &mut KubeConfig, raw: RawKube) -> Result<(), ConfigError> {
-        self.value(&mut c.kubeconfig, "kube.kubeconfig", raw.kubeconfig, PATH, |s| path(s).map(Some))?;
-        self.value(&mut c.ca_file, "kube.ca_file", raw.ca_file, PATH, |s| path(s).map(Some))?;
-        let token_at = raw.token_file.clone();
-        self.value(&mut c.token_file, "kube.token_file", raw.token_file, PATH, |s| path(s).map(Some))?;
-        let api = "\"none\", \"auto\", \"in-cluster\", or addresses of one cluster such as https://192.0.2.1:6443";
-        self.value(&mut c.api, "kube.api", raw.api, api, |s| match s.as_str() {
-            "none" => Some(Api::None),
-            "auto" => Some(Api::Auto),
-            "in-cluster" => Some(Api::InCluster),
-            urls => access::servers(urls).map(Api::Urls),
-        })?;
-        if let (Api::Urls(servers), Some(at)) = (&c.api, &token_at)
-            && servers.iter().any(|s| !s.tls && !s.is_local())
-        {
-            let what = "a token is not sent over plain http to another machine; expected https in kube.api";
-            return Err(self.error(at, "kube.token_file", what));
-        }
-        let namespace = "a namespace's name, of 1 to 63 characters a-z, 0-9 and '-'";
-        self.list(&mut c.namespaces, "kube.namespaces", raw.namespaces, namespace, |s| {
-            check_name("", s, true).is_ok().then(|| s.into())
-        })?;
-        c.namespaces.sort();
-        c.namespaces.dedup();
-        let kinds =
-            [("auto", ServerKind::Auto), ("apiserver", ServerKind::ApiServer), ("metaserver", ServerKind::MetaServer)];
-        self.choice(&mut c.server, "kube.server", raw.server, &kinds)?;
-        self.list(&mut c.manifests, "kube.manifests", raw.manifests, "a path", |s| path(s).map(|_| s.into()))
-    }
-
-    fn dns(&self, c: &mut DnsConfig, raw: RawDns) -> Result<(), ConfigError> {
-        self.flag(&mut c.enable, raw.enable);
-        let listen = "an address of weft0 and a port, such as 169.254.96.16:53";
-        self.value(&mut c.listen, "dns.listen", raw.listen, listen, |s| {
-            s.parse().ok().filter(|a: &SocketAddr| a.port() != 0 && may_be_dialled(a.ip()) && !a.ip().is_loopback())
-        })?;
-        let domain = "a domain such as cluster.local";
-        self.value(&mut c.domain, "dns.domain", raw.domain, domain, |s| {
-            let bare = s.strip_suffix('.').unwrap_or(s).to_ascii_lowercase();
-            // Names below it, such as a Service's, need room too.
-            node_name(&bare).filter(|d| d.len() < NAME_MAX - 128).map(Into::into)
-        })?;
-        self.number(&mut c.ttl, "dns.ttl", raw.ttl, 0..=TTL_MAX as usize)?;
-        let pods = [("disabled", PodNames::Disabled), ("insecure", PodNames::Insecure)];
-        self.choice(&mut c.pods, "dns.pods", raw.pods, &pods)?;
-        let upstream = "a server's address, such as 192.0.2.1 or 192.0.2.1:53, or the path of a resolv.conf";
-        self.list(&mut c.upstream, "dns.upstream", raw.upstream, upstream, |s| {
-            if s.starts_with('/') {
-                return Some(Upstream::ResolvConf(s.into()));
-            }
-            let server = s.parse().or_else(|_| s.parse().map(|ip| SocketAddr::new(ip, 53))).ok()?;
-            (server.port() != 0 && may_be_dialled(server.ip())).then_some(Upstream::Server(server))
-        })?;
-        self.number(&mut c.cache, "dns.cache", raw.cache, 0..=CACHE_MAX)
-    }
-
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
-        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
-        let interface = "an interface's name, of 1 to 15 characters";
-        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, interface, |s| {
-            // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
-            let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
-            let named = (1..=INTERFACE_MAX).contains(&s.len()) && s != "." && s != ".." && !s.starts_with('-');
-            (named && s.chars().all(valid)).then(|| s.into())
-        })?;
+        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
@@ -304,6 +220,9 @@ impl Put<'_> {
         self.flag(&mut c.enable, raw.enable);
         let listen = "an address and a port, such as [::]:7843";
         self.value(&mut c.listen, "tunnel.listen", raw.listen, listen, |s| s.parse().ok())?;
+        self.list(&mut c.interfaces, "tunnel.interfaces", raw.interfaces, INTERFACE, interface)?;
+        self.flag(&mut c.lan, raw.lan);
+        self.flag(&mut c.port_mapping, raw.port_mapping);
         let profiles = [("auto", Profile::Auto), ("router", Profile::Router), ("server", Profile::Server)];
         self.choice(&mut c.profile, "tunnel.profile", raw.profile, &profiles)?;
         let kinds = [("auto", Congestion::Auto), ("bbr", Congestion::Bbr), ("cubic", Congestion::Cubic)];
@@ -313,8 +232,17 @@ impl Put<'_> {
     }
 }
 
+const INTERFACE: &str = "an interface's name, of 1 to 15 characters";
+
+fn interface(text: &str) -> Option<String> {
+    // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
+    let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
+    let named = (1..=INTERFACE_MAX).contains(&text.len()) && text != "." && text != ".." && !text.starts_with('-');
+    (named && text.chars().all(valid)).then(|| text.into())
+}
+
 /// An absolute path, without NUL, which no system call takes.
-fn path(text: &str) -> Option<PathBuf> {
+pub(super) fn path(text: &str) -> Option<PathBuf> {
     (text.starts_with('/') && !text.contains('\0')).then(|| text.into())
 }
 

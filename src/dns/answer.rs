@@ -4,9 +4,13 @@ use super::{
     wire::{self, HEADER, Query, Reject, Reply, Section, class, flag, kind, rcode},
     zone::{Asked, Lower, OfService, Zone, endpoint_label},
 };
-use crate::table::{
-    Table,
-    model::{Endpoint, Protocol, Service, ServiceKind, Slice},
+use crate::{
+    config::PodNames,
+    table::{
+        Table,
+        balance::Nearness,
+        model::{Endpoint, Protocol, Service, ServiceKind, Slice},
+    },
 };
 use std::net::IpAddr;
 
@@ -56,7 +60,7 @@ pub fn limit(query: &Query<'_>, via: Via) -> usize {
 pub struct Answerer {
     zone: Zone,
     /// Of the endpoints of the Service at hand; empty between queries.
-    addresses: Vec<IpAddr>,
+    addresses: Vec<(Nearness, IpAddr)>,
     /// Where the next list of endpoints begins: clients take the first.
     turn: usize,
 }
@@ -141,7 +145,7 @@ struct Writer<'a, 't> {
     zone: &'a Zone,
     table: &'t Table,
     kind: u16,
-    addresses: &'a mut Vec<IpAddr>,
+    addresses: &'a mut Vec<(Nearness, IpAddr)>,
     turn: usize,
     /// Where the name of the records at hand stands in the reply: the question's, or a CNAME's target.
     owner: usize,
@@ -218,7 +222,9 @@ impl<'t> Writer<'_, 't> {
             }
             Asked::Nameserver => self.some_addresses([self.zone.address].into_iter()),
             Asked::Namespace(namespace) if self.exists(namespace) => Step::NoData,
-            Asked::Pod { namespace, address } if self.exists(namespace) => self.some_addresses([address].into_iter()),
+            Asked::Pod { namespace, address } if self.has_pod(namespace, address) => {
+                self.some_addresses([address].into_iter())
+            }
             Asked::Namespace(_) | Asked::Pod { .. } => Step::Missing,
             Asked::Address(address) => self.names(address),
             Asked::Service(of) => self.find(of).map_or(Step::Missing, |s| self.service(s)),
@@ -232,6 +238,11 @@ impl<'t> Writer<'_, 't> {
 
     fn exists(&self, namespace: &str) -> bool {
         self.zone.shows(namespace) && self.table.has_namespace(namespace)
+    }
+
+    fn has_pod(&self, namespace: &str, address: IpAddr) -> bool {
+        let verified = self.zone.pods != PodNames::Verified || self.table.has_pod(namespace, address);
+        verified && self.exists(namespace)
     }
 
     fn find(&self, of: OfService<'_>) -> Option<&'t Service> {
@@ -312,18 +323,22 @@ impl<'t> Writer<'_, 't> {
         if some { Step::Done } else { Step::NoData }
     }
 
-    /// Address records of the endpoints that are ready and have the name, each once; missing where there are none.
+    /// Address records of the endpoints that are ready and have the name, each once and the nearest first; missing
+    /// where there are none.
     fn endpoint_addresses(&mut self, service: &Service, name: Option<&str>) -> Step<'t> {
         let mut addresses = std::mem::take(self.addresses);
-        addresses
-            .extend(self.ready(service).filter(|(_, e)| name.is_none_or(|n| self.called(e, n))).map(|x| x.1.address));
+        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(e, n)));
+        addresses.extend(named.map(|e| (self.table.nearness(&self.zone.here, e), e.address)));
+        addresses.sort_unstable_by_key(|(near, address)| (*address, *near));
+        addresses.dedup_by_key(|(_, address)| *address);
         addresses.sort_unstable();
-        addresses.dedup();
+        for equal in addresses.chunk_by_mut(|a, b| a.0 == b.0) {
+            equal.rotate_left(self.turn % equal.len());
+        }
         let step = if addresses.is_empty() {
             Step::Missing
         } else {
-            let first = self.turn % addresses.len();
-            self.some_addresses(addresses[first..].iter().chain(&addresses[..first]).copied())
+            self.some_addresses(addresses.iter().map(|(_, address)| *address))
         };
         addresses.clear();
         *self.addresses = addresses;

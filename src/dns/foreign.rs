@@ -135,6 +135,34 @@ pub fn answers(message: &[u8], id: u16, question: &[u8]) -> Option<Header> {
         .then_some(header)
 }
 
+/// Whether the question of a message that [`answers`] has the letters' case of ours; one without any has.
+#[must_use]
+pub fn repeats(message: &[u8], question: &[u8]) -> bool {
+    message.get(HEADER..HEADER + question.len()).is_none_or(|q| q == question) || message.get(5) == Some(&0)
+}
+
+/// Puts the question as we know it in the place of the one in a message that [`answers`]: what points into it is then
+/// spelt so too.
+pub fn ask_as(kept: &mut [u8], question: &[u8]) {
+    if let Some(place) = kept.get_mut(HEADER..HEADER + question.len()).filter(|q| q.eq_ignore_ascii_case(question)) {
+        place.copy_from_slice(question);
+    }
+}
+
+/// Gives each letter of a question's name a random case.
+pub fn mix_case(question: &mut [u8], random: &mut dyn FnMut() -> u16) {
+    let name = question.len().saturating_sub(4);
+    let (mut bits, mut left) = (0, 0);
+    // a length byte is below 64 and thus no letter
+    for letter in question[..name].iter_mut().filter(|b| b.is_ascii_alphabetic()) {
+        if left == 0 {
+            (bits, left) = (random(), 16);
+        }
+        *letter ^= if bits & 1 == 0 { 0 } else { 0x20 };
+        (bits, left) = (bits >> 1, left - 1);
+    }
+}
+
 /// An answer without its OPT record, which is between us and the upstream; None where a record is cut.
 /// Additional records behind the OPT go too: a name among them may be compressed against what is cut out.
 #[must_use]
@@ -252,6 +280,11 @@ fn packet(message: &[u8]) -> Option<Packet<'_>> {
     Packet::parse(message).ok()
 }
 
+/// simple-dns tells letters' cases apart.
+fn same(a: &Name<'_>, b: &Name<'_>) -> bool {
+    a.as_bytes().map(<[u8]>::to_ascii_lowercase).eq(b.as_bytes().map(<[u8]>::to_ascii_lowercase))
+}
+
 /// The addresses that an answer leads to from its question.
 #[must_use]
 pub fn addresses(message: &[u8]) -> Vec<IpAddr> {
@@ -259,7 +292,7 @@ pub fn addresses(message: &[u8]) -> Vec<IpAddr> {
     let Some(mut name) = packet.questions.first().map(|q| &q.qname) else { return Vec::new() };
     for _ in 0..packet.answers.len() {
         let next = packet.answers.iter().find_map(|r| match &r.rdata {
-            RData::CNAME(target) if r.name == *name => Some(&target.0),
+            RData::CNAME(target) if same(&r.name, name) => Some(&target.0),
             _ => None,
         });
         match next {
@@ -267,7 +300,7 @@ pub fn addresses(message: &[u8]) -> Vec<IpAddr> {
             None => break,
         }
     }
-    let of_name = packet.answers.iter().filter(|r| r.name == *name);
+    let of_name = packet.answers.iter().filter(|r| same(&r.name, name));
     of_name
         .filter_map(|r| match &r.rdata {
             RData::A(a) => Some(IpAddr::from(a.address.to_be_bytes())),
@@ -295,15 +328,26 @@ pub fn question(key: &[u8]) -> &[u8] {
     &key[..key.len().saturating_sub(1)]
 }
 
-/// The query for a [`key`] that goes to an upstream.
-pub fn write_query(key: &[u8], id: u16, edns: bool, out: &mut Vec<u8>) {
-    let bits = key.last().copied().unwrap_or(0);
+/// The name in a [`key`], in wire form and lower case.
+#[must_use]
+pub fn name(key: &[u8]) -> &[u8] {
+    &key[..key.len().saturating_sub(5)]
+}
+
+/// The flags in a [`key`], for [`write_query`].
+#[must_use]
+pub fn bits(key: &[u8]) -> u8 {
+    key.last().copied().unwrap_or(0)
+}
+
+/// The query that goes to an upstream; `bits` are a key's.
+pub fn write_query(question: &[u8], bits: u8, id: u16, edns: bool, out: &mut Vec<u8>) {
     let flags = flag::RD | if bits & 2 != 0 { flag::CD } else { 0 };
     out.clear();
     out.extend_from_slice(&id.to_be_bytes());
     out.extend_from_slice(&flags.to_be_bytes());
     out.extend_from_slice(&[0, 1, 0, 0, 0, 0, 0, u8::from(edns)]);
-    out.extend_from_slice(question(key));
+    out.extend_from_slice(question);
     if edns {
         wire::push_opt(out, 0, bits & 1 != 0);
     }

@@ -3,7 +3,10 @@
 use super::wire::{NAME_MAX, encode_name};
 use crate::{
     config::{DnsConfig, PodNames},
-    table::model::{Endpoint, Protocol},
+    table::{
+        balance::Here,
+        model::{Endpoint, Protocol},
+    },
 };
 use anyhow::Context as _;
 use std::{
@@ -26,6 +29,8 @@ pub struct Zone {
     pub fallthrough: Vec<Box<[u8]>>,
     pub ttl: u32,
     pub pods: PodNames,
+    /// Who we are: the nearest endpoints are told first.
+    pub here: Here,
     /// Namespaces that are shown; None: all.
     pub namespaces: Option<BTreeSet<String>>,
     /// An endpoint without a hostname is called after its Pod.
@@ -45,16 +50,17 @@ impl Zone {
         let wire = |name: &str| encode_name(name).with_context(|| format!("{name:?} is not a domain name"));
         let domain = wire(&cfg.domain).context("dns.domain")?;
         anyhow::ensure!(domain.len() > 1, "dns.domain: the root cannot be the cluster's domain");
-        let reverse = vec![wire("in-addr.arpa")?, wire("ip6.arpa")?];
+        let all = |names: &[String]| names.iter().map(|n| wire(n)).collect::<anyhow::Result<Vec<_>>>();
         Ok(Self {
             domain,
-            fallthrough: reverse.clone(),
-            reverse,
+            fallthrough: all(&cfg.fallthrough).context("dns.fallthrough")?,
+            reverse: all(&cfg.zones).context("dns.zones")?,
             ttl: cfg.ttl,
             pods: cfg.pods,
-            namespaces: None,
-            pod_names: false,
-            empty_is_missing: false,
+            here: Here::default(),
+            namespaces: (!cfg.namespaces.is_empty()).then(|| cfg.namespaces.iter().cloned().collect()),
+            pod_names: cfg.endpoint_pod_names,
+            empty_is_missing: cfg.empty_is_missing,
             address: cfg.listen.ip(),
             serial,
         })
@@ -85,7 +91,7 @@ impl Zone {
         let label = |i: usize| name.label(i).unwrap_or("");
         let Some(branch) = own.checked_sub(1) else { return Asked::Apex };
         let pods = match self.pods {
-            PodNames::Insecure => true,
+            PodNames::Insecure | PodNames::Verified => true,
             PodNames::Disabled => false,
         };
         match (label(branch), own) {
@@ -288,16 +294,7 @@ mod tests {
     use super::*;
 
     fn zone() -> Zone {
-        let cfg = DnsConfig {
-            enable: true,
-            listen: "169.254.96.16:53".parse().unwrap(),
-            domain: "cluster.local".into(),
-            ttl: 30,
-            pods: PodNames::Insecure,
-            upstream: vec![],
-            cache: 0,
-        };
-        Zone::new(&cfg, 0).unwrap()
+        Zone::new(&DnsConfig::default(), 0).unwrap()
     }
 
     fn lower(name: &str) -> Lower {

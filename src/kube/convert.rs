@@ -2,8 +2,8 @@
 
 use super::types;
 use crate::table::model::{
-    Affinity, Endpoint, Name, NodeInfo, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId,
-    SlicePort,
+    Affinity, Endpoint, Name, NodeInfo, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice,
+    SliceId, SlicePort,
 };
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -201,7 +201,7 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
                 return Err(Bad::new("spec.internalTrafficPolicy", why));
             }
         },
-        not_proxied: labels.proxy_name.is_some() || labels.headless.is_some(),
+        not_proxied: labels.proxy_name.is_some() || labels.edgemesh_proxy.is_some() || labels.headless.is_some(),
     })
 }
 
@@ -375,6 +375,19 @@ pub fn subsets(
         slices.push(Slice { id: slice_id, service: id.name.clone(), ports, endpoints });
     }
     Ok(slices)
+}
+
+/// One that has ended or is being deleted keeps its name and has no address.
+pub fn pod(id: PodId, raw: types::Pod, dropped: &mut Dropped) -> Pod {
+    let status = raw.status.unwrap_or_default();
+    let ended = raw.metadata.is_some_and(|m| m.deleted.is_some())
+        || matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    let mut addresses = Vec::new();
+    let all = status.ips.unwrap_or_default().into_iter().map(|ip| ip.ip).chain([status.ip]);
+    for text in all.flatten().filter(|text| !ended && !text.is_empty()) {
+        addresses.extend(dropped.keep(address(Use::Target, || "status.podIPs".into(), &text)));
+    }
+    Pod { id, addresses }
 }
 
 /// Host names among the addresses are not errors.

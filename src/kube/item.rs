@@ -5,7 +5,7 @@ use super::{
     json::Piece,
     types,
 };
-use crate::table::model::{Name, Object, ObjectId, ServiceId, SliceId};
+use crate::table::model::{Name, Object, ObjectId, PodId, ServiceId, SliceId};
 use nanoserde::{DeJson, DeJsonErr, DeJsonErrReason};
 use std::fmt;
 
@@ -42,6 +42,7 @@ pub enum Kind {
     EndpointSlice,
     Endpoints,
     Node,
+    Pod,
 }
 
 impl Kind {
@@ -51,6 +52,7 @@ impl Kind {
             "Service" => (Self::Service, "v1"),
             "Endpoints" => (Self::Endpoints, "v1"),
             "Node" => (Self::Node, "v1"),
+            "Pod" => (Self::Pod, "v1"),
             "EndpointSlice" => (Self::EndpointSlice, "discovery.k8s.io/v1"),
             _ => return None,
         };
@@ -63,6 +65,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Endpoints => "Endpoints",
             Self::Node => "Node",
+            Self::Pod => "Pod",
         }
     }
 }
@@ -134,8 +137,8 @@ fn identify(kind: Kind, meta: &types::Meta, names: Intern<'_>) -> Result<Identit
     let name = meta.name.as_deref().unwrap_or("");
     let namespace = match (kind, meta.namespace.as_deref()) {
         (Kind::Node, _) => "",
-        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints, None | Some("")) => "default",
-        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints, Some(namespace)) => {
+        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod, None | Some("")) => "default",
+        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod, Some(namespace)) => {
             check_name("metadata.namespace", namespace, true)?;
             namespace
         }
@@ -148,7 +151,7 @@ impl Identity {
     fn what(&self) -> String {
         match self.kind {
             Kind::Node => format!("Node {}", self.name),
-            kind @ (Kind::Service | Kind::EndpointSlice | Kind::Endpoints) => {
+            kind @ (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod) => {
                 format!("{} {}/{}", kind.name(), self.namespace, self.name)
             }
         }
@@ -156,6 +159,10 @@ impl Identity {
 
     fn service(&self) -> ServiceId {
         ServiceId { namespace: self.namespace.clone(), name: self.name.clone() }
+    }
+
+    fn pod(&self) -> PodId {
+        PodId { namespace: self.namespace.clone(), name: self.name.clone() }
     }
 
     fn slice(&self) -> SliceId {
@@ -169,6 +176,7 @@ impl Identity {
             Kind::EndpointSlice => vec![ObjectId::Slice(self.slice())],
             Kind::Endpoints => (0..SUBSETS_MAX).map(|index| ObjectId::Slice(subset(index))).collect(),
             Kind::Node => vec![ObjectId::Node(self.name.clone())],
+            Kind::Pod => vec![ObjectId::Pod(self.pod())],
         }
     }
 
@@ -200,6 +208,7 @@ impl Identity {
                 slices.into_iter().map(Object::Slice).collect()
             }
             Kind::Node => vec![Object::Node(convert::node(self.name.clone(), parse(text)?, dropped, names))],
+            Kind::Pod => vec![Object::Pod(convert::pod(self.pod(), parse(text)?, dropped))],
         })
     }
 }

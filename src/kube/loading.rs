@@ -37,12 +37,21 @@ impl Troubles {
     }
 }
 
+/// What of the Pods is kept: it costs memory, and few need it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wanted {
+    /// The names of the endpoints' Pods.
+    pub(super) pod_names: bool,
+    /// The Pods themselves.
+    pub(super) pods: bool,
+}
+
 /// One file on its way into the table.
 pub(super) struct Loading<'k> {
     pub(super) at: usize,
     /// What broken files named, with their place: a file before them must not take it over.
     pub(super) kept: &'k BTreeMap<ObjectId, usize>,
-    pod_names: bool,
+    wanted: Wanted,
     pub(super) ids: Vec<ObjectId>,
     /// Of all files so far.
     pub(super) objects: usize,
@@ -57,9 +66,9 @@ impl<'k> Loading<'k> {
         kept: &'k BTreeMap<ObjectId, usize>,
         objects: usize,
         endpoints: usize,
-        pod_names: bool,
+        wanted: Wanted,
     ) -> Self {
-        Self { at, kept, pod_names, ids: Vec::new(), objects, endpoints, skipped: 0, troubles: Troubles::default() }
+        Self { at, kept, wanted, ids: Vec::new(), objects, endpoints, skipped: 0, troubles: Troubles::default() }
     }
 }
 
@@ -96,12 +105,16 @@ impl IntoTable<'_, '_, '_> {
         let loading = &mut *self.loading;
         let endpoints = match &mut object {
             Object::Slice(slice) => {
-                if !loading.pod_names {
+                if !loading.wanted.pod_names {
                     slice.endpoints.iter_mut().for_each(|e| e.pod = None);
                 }
                 slice.endpoints.len()
             }
-            Object::Service(_) | Object::Node(_) => 0,
+            Object::Pod(_) if !loading.wanted.pods => {
+                loading.skipped += 1;
+                return;
+            }
+            Object::Service(_) | Object::Node(_) | Object::Pod(_) => 0,
         };
         if loading.objects == OBJECTS_MAX {
             return loading

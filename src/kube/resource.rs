@@ -6,8 +6,8 @@ use crate::table::{model::Name, scope::Scope};
 /// Items of one page, as client-go asks for. Each is cut out of the stream and forgotten: this spares the server.
 const PAGE: u32 = 500;
 
-/// One kind of objects of the API. DestinationRules and Pods would be further ones: a path, a selector, a kind of
-/// `item`, a scope of the table.
+/// One kind of objects of the API. DestinationRules would be a further one: a path, a selector, a kind of `item`, a scope
+/// of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
     Services,
@@ -15,6 +15,8 @@ pub enum Resource {
     /// Where the API has no EndpointSlices.
     Endpoints,
     Nodes,
+    /// Only where the names of Pods are verified.
+    Pods,
 }
 
 impl Resource {
@@ -26,12 +28,13 @@ impl Resource {
             Self::Slices => "endpointslices",
             Self::Endpoints => "endpoints",
             Self::Nodes => "nodes",
+            Self::Pods => "pods",
         }
     }
 
     fn group(self) -> &'static str {
         match self {
-            Self::Services | Self::Endpoints | Self::Nodes => "/api/v1",
+            Self::Services | Self::Endpoints | Self::Nodes | Self::Pods => "/api/v1",
             Self::Slices => "/apis/discovery.k8s.io/v1",
         }
     }
@@ -43,6 +46,7 @@ impl Resource {
             Self::Slices => Kind::EndpointSlice,
             Self::Endpoints => Kind::Endpoints,
             Self::Nodes => Kind::Node,
+            Self::Pods => Kind::Pod,
         }
     }
 
@@ -51,16 +55,18 @@ impl Resource {
     pub fn is_needed(self) -> bool {
         match self {
             Self::Services | Self::Slices | Self::Endpoints => true,
-            Self::Nodes => false,
+            Self::Nodes | Self::Pods => false,
         }
     }
 
     /// What is left out at the source. Headless Services and those of other proxies stay: DNS answers for them.
-    fn selector(self) -> Option<&'static str> {
+    fn selector(self, metaserver: bool) -> Option<(&'static str, &'static str)> {
         match self {
             // Slices without it belong to no Service.
-            Self::Slices => Some("kubernetes.io/service-name"),
-            Self::Services | Self::Endpoints | Self::Nodes => None,
+            Self::Slices => Some(("labelSelector", "kubernetes.io/service-name")),
+            // metaServer knows no other field than the name.
+            Self::Pods if !metaserver => Some(("fieldSelector", "status.phase!=Succeeded,status.phase!=Failed")),
+            Self::Services | Self::Endpoints | Self::Nodes | Self::Pods => None,
         }
     }
 
@@ -70,6 +76,7 @@ impl Resource {
             Self::Services => Scope::Services(namespace.cloned()),
             Self::Slices | Self::Endpoints => Scope::Slices(namespace.cloned()),
             Self::Nodes => Scope::Nodes,
+            Self::Pods => Scope::Pods(namespace.cloned()),
         }
     }
 }
@@ -119,8 +126,8 @@ pub fn target(resource: Resource, namespace: Option<&str>, ask: &Ask, options: O
         out.push('=');
         escape(value, &mut out);
     };
-    if let Some(selector) = resource.selector() {
-        put("labelSelector", selector);
+    if let Some((key, selector)) = resource.selector(options.metaserver) {
+        put(key, selector);
     }
     match ask {
         Ask::List { next, cached } => {

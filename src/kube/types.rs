@@ -18,6 +18,7 @@ pub const KEEP: &[&str] = &[
     "code",
     "conditions",
     "continue",
+    "deletionTimestamp",
     "endpoints",
     "externalIPs",
     "externalName",
@@ -39,12 +40,16 @@ pub const KEEP: &[&str] = &[
     "nodePort",
     "notReadyAddresses",
     "object",
+    "phase",
+    "podIP",
+    "podIPs",
     "port",
     "ports",
     "protocol",
     "ready",
     "reason",
     "resourceVersion",
+    "service.edgemesh.kubeedge.io/service-proxy-name",
     "service.kubernetes.io/headless",
     "service.kubernetes.io/service-proxy-name",
     "serving",
@@ -131,6 +136,9 @@ pub struct Labels {
     pub service_name: Option<String>,
     #[nserde(rename = "service.kubernetes.io/service-proxy-name")]
     pub proxy_name: Option<String>,
+    /// EdgeMesh's own, whose mere presence says the same there.
+    #[nserde(rename = "service.edgemesh.kubeedge.io/service-proxy-name")]
+    pub edgemesh_proxy: Option<String>,
     #[nserde(rename = "service.kubernetes.io/headless")]
     pub headless: Option<String>,
     #[nserde(rename = "topology.kubernetes.io/zone")]
@@ -277,6 +285,32 @@ pub struct Node {
 #[derive(Debug, Default, DeJson)]
 pub struct NodeStatus {
     pub addresses: Option<Vec<NodeAddress>>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct Pod {
+    pub metadata: Option<PodMeta>,
+    pub status: Option<PodStatus>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodMeta {
+    #[nserde(rename = "deletionTimestamp")]
+    pub deleted: Option<String>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodStatus {
+    pub phase: Option<String>,
+    #[nserde(rename = "podIP")]
+    pub ip: Option<String>,
+    #[nserde(rename = "podIPs")]
+    pub ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct PodIp {
+    pub ip: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]

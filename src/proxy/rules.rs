@@ -1,11 +1,11 @@
 //! The rules that we want, as data. A backend renders them.
 
-use super::cover::Prefix;
+use super::{cover::Prefix, udp};
 use crate::{
     config::ProxyConfig,
     table::{
         Table,
-        model::{Protocol, Service, ServiceKind},
+        model::{Protocol, Service, ServiceKind, ServicePort},
     },
 };
 use std::{
@@ -20,16 +20,32 @@ pub const DEVICE: &str = "weft0";
 /// not redirected, and status says how many.
 const REDIRECTS_MOST: usize = 10_000;
 
+/// A port of our address that stands for "nobody serves this": what comes to it is refused.
+/// IANA: tcpmux (RFC 7805: historic).
+pub const REFUSED: u16 = 1;
+
 /// Linux: IFNAMSIZ, less the final zero.
 const NAME_MOST: usize = 15;
 
+/// The port of DNS: resolv.conf(5) has no way to say another.
+const DNS: u16 = 53;
+
 /// Where our parts listen, on weft0's address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ports {
     /// None: the proxy is off.
     pub proxy: Option<u16>,
     /// What clients ask and where the responder listens; None: DNS is off.
     pub dns: Option<(u16, u16)>,
+    /// Namespace and name of the Service whose virtual addresses our DNS answers.
+    pub take_over: Option<(String, String)>,
+}
+
+impl Ports {
+    fn taken<'t>(&self, table: &'t Table) -> Option<&'t Service> {
+        let (namespace, name) = self.take_over.as_ref().filter(|_| self.dns.is_some())?;
+        table.service(namespace, name)
+    }
 }
 
 /// Whose packets are caught on their way in; the host's own always are.
@@ -50,7 +66,7 @@ pub enum Action {
 /// One address and port that clients use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub protocol: Protocol,
     pub port: u16,
     pub action: Action,
@@ -59,7 +75,7 @@ pub struct Rule {
 /// All that netfilter is to do for us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Desired {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub mark: u32,
     pub catch: Catch,
     /// In the order of their addresses.
@@ -106,29 +122,46 @@ fn addresses<'s>(service: &'s Service, external: bool, own: Ipv4Addr) -> impl It
     })
 }
 
-fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
+/// The Services that are ours to bring to their endpoints.
+pub fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
     table.services().filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
 }
 
 impl Desired {
     #[must_use]
-    pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: Ports, catch: Catch) -> Self {
-        let mut rules: BTreeMap<(Ipv4Addr, u16, Protocol), Action> = BTreeMap::new();
+    pub fn new(
+        table: &Table,
+        cfg: &ProxyConfig,
+        address: Ipv4Addr,
+        ports: &Ports,
+        udp: &udp::Ports,
+        catch: Catch,
+    ) -> Self {
+        let mut rules: BTreeMap<(IpAddr, u16, Protocol), Action> = BTreeMap::new();
+        if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
+            let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
+            for port in service.ports.iter().filter(asked) {
+                for ip in addresses(service, false, address) {
+                    rules.insert((ip.into(), port.number, port.protocol), Action::Redirect(listening));
+                }
+            }
+        }
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
                 for port in &service.ports {
-                    let served = table.endpoints(&service.id).any(|(slice, endpoint)| {
-                        (endpoint.ready || endpoint.serving)
-                            && Table::target_port(slice, &port.name, port.protocol).is_some()
-                    });
-                    // A UDP or SCTP port that somebody serves is left to whoever else does it.
+                    let served = udp::served(table, &service.id, &port.name, port.protocol);
+                    // An SCTP port, and an UDP port that has no socket yet, are left to whoever else does them.
                     let action = match (port.protocol, served) {
                         (Protocol::Tcp, true) => Action::Redirect(proxy),
                         (Protocol::Tcp | Protocol::Udp, false) => Action::Refuse,
-                        (Protocol::Udp, true) | (Protocol::Sctp, _) => continue,
+                        (Protocol::Udp, true) => match udp.get(&(service.id.clone(), port.number)) {
+                            Some(socket) => Action::Redirect(*socket),
+                            None => continue,
+                        },
+                        (Protocol::Sctp, _) => continue,
                     };
                     for ip in addresses(service, cfg.external_ips, address) {
-                        rules.entry((ip, port.number, port.protocol)).or_insert(action);
+                        rules.entry((ip.into(), port.number, port.protocol)).or_insert(action);
                     }
                 }
             }
@@ -137,7 +170,7 @@ impl Desired {
         let mut all = Vec::with_capacity(rules.len().min(REDIRECTS_MOST) + 2);
         if let Some((asked, listening)) = ports.dns {
             all.extend([Protocol::Udp, Protocol::Tcp].map(|protocol| Rule {
-                address,
+                address: address.into(),
                 protocol,
                 port: asked,
                 action: Action::Redirect(listening),
@@ -149,14 +182,21 @@ impl Desired {
             port,
             action,
         }));
-        Self { address, mark: cfg.mark, catch, rules: all, left_out }
+        Self { address: address.into(), mark: cfg.mark, catch, rules: all, left_out }
     }
 }
 
 /// The addresses that need a route, and those of the cluster that our routes must keep clear of.
 #[must_use]
-pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr) -> (BTreeSet<Ipv4Addr>, Vec<Prefix>) {
-    let vips: BTreeSet<_> = proxied(table).flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
+pub fn addresses_of(
+    table: &Table,
+    cfg: &ProxyConfig,
+    own: Ipv4Addr,
+    ports: &Ports,
+) -> (BTreeSet<Ipv4Addr>, Vec<Prefix>) {
+    let proxied = proxied(table).filter(|_| ports.proxy.is_some());
+    let mut vips: BTreeSet<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
+    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own)));
     let nodes = table.nodes().flat_map(|n| &n.addresses);
     let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| &e.address);
     let taken = nodes.chain(endpoints).filter_map(|ip| match ip {
@@ -176,7 +216,7 @@ mod tests {
     };
 
     const OWN: Ipv4Addr = Ipv4Addr::new(169, 254, 96, 16);
-    const PORTS: Ports = Ports { proxy: Some(4000), dns: Some((53, 5300)) };
+    const PORTS: Ports = Ports { proxy: Some(4000), dns: Some((53, 5300)), take_over: None };
 
     fn cfg() -> ProxyConfig {
         ProxyConfig {
@@ -223,7 +263,12 @@ mod tests {
     }
 
     fn rules(table: &Table, cfg: &ProxyConfig) -> Vec<(String, u16, Protocol, Action)> {
-        let desired = Desired::new(table, cfg, OWN, PORTS, Catch::AllBut(vec![]));
+        rules_with(table, cfg, &PORTS)
+    }
+
+    fn rules_with(table: &Table, cfg: &ProxyConfig, ports: &Ports) -> Vec<(String, u16, Protocol, Action)> {
+        let id = ServiceId { namespace: "default".into(), name: "udp".into() };
+        let desired = Desired::new(table, cfg, OWN, ports, &[((id, 80), 10_007)].into(), Catch::AllBut(vec![]));
         desired.rules.iter().map(|r| (r.address.to_string(), r.port, r.protocol, r.action)).collect()
     }
 
@@ -237,6 +282,7 @@ mod tests {
         add(&mut table, "web", "10.96.0.2", Protocol::Tcp, true, |_| ());
         add(&mut table, "dead", "10.96.0.1", Protocol::Tcp, false, |_| ());
         add(&mut table, "udp", "10.96.0.3", Protocol::Udp, true, |_| ());
+        add(&mut table, "udp-without-socket", "10.96.0.8", Protocol::Udp, true, |_| ());
         add(&mut table, "udp-dead", "10.96.0.4", Protocol::Udp, false, |_| ());
         add(&mut table, "sctp", "10.96.0.5", Protocol::Sctp, false, |_| ());
         add(&mut table, "other", "10.96.0.6", Protocol::Tcp, true, |s| s.not_proxied = true);
@@ -245,11 +291,12 @@ mod tests {
         want.extend([
             ("10.96.0.1".into(), 80, Protocol::Tcp, Action::Refuse),
             ("10.96.0.2".into(), 80, Protocol::Tcp, Action::Redirect(4000)),
+            ("10.96.0.3".into(), 80, Protocol::Udp, Action::Redirect(10_007)),
             ("10.96.0.4".into(), 80, Protocol::Udp, Action::Refuse),
         ]);
         assert_eq!(rules(&table, &cfg()), want);
-        let (vips, avoid) = addresses_of(&table, &cfg(), OWN);
-        assert_eq!(vips.len(), 5);
+        let (vips, avoid) = addresses_of(&table, &cfg(), OWN, &PORTS);
+        assert_eq!(vips.len(), 6);
         assert!(avoid.contains(&Prefix::host("10.1.0.9".parse().unwrap())));
     }
 
@@ -259,6 +306,29 @@ mod tests {
             let mut table = Table::default();
             add(&mut table, "evil", bad, Protocol::Tcp, true, |_| ());
             assert_eq!(rules(&table, &cfg()), dns(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_address_of_a_dns_that_is_taken_over_is_answered_here_whoever_serves_it() {
+        let port = |number, protocol| ServicePort { name: "".into(), number, protocol, node_port: 0 };
+        for (ready, other) in [(true, Action::Redirect(4000)), (false, Action::Refuse)] {
+            let mut table = Table::default();
+            add(&mut table, "kube-dns", "10.96.0.10", Protocol::Tcp, ready, |s| {
+                s.ports = vec![port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)];
+            });
+            let mut ports = Ports { take_over: Some(("default".into(), "kube-dns".into())), ..PORTS };
+            let ours = |protocol| ("10.96.0.10".into(), 53, protocol, Action::Redirect(5300));
+            let mut want = dns();
+            want.extend([ours(Protocol::Tcp), ours(Protocol::Udp), ("10.96.0.10".into(), 9153, Protocol::Tcp, other)]);
+            assert_eq!(rules_with(&table, &cfg(), &ports), want);
+            ports.proxy = None;
+            want.pop();
+            assert_eq!(rules_with(&table, &cfg(), &ports), want);
+            let vip = "10.96.0.10".parse().unwrap();
+            assert_eq!(addresses_of(&table, &cfg(), OWN, &ports).0, BTreeSet::from([vip]));
+            ports.dns = None;
+            assert!(rules_with(&table, &cfg(), &ports).is_empty());
         }
     }
 

@@ -35,7 +35,7 @@ pub struct Here {
 }
 
 /// A kind of nearness, for `[balancer] prefer`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Nearness {
     /// On this node.
     Node,
@@ -226,10 +226,7 @@ impl Table {
         port: &ServicePort,
         prefer: &[Nearness],
     ) -> Vec<Candidate<'t>> {
-        let zone = match &*here.zone {
-            "" => self.node(&here.node).and_then(|n| n.zone.as_deref()),
-            zone => Some(zone),
-        };
+        let zone = self.own_zone(here);
         // internalTrafficPolicy is about the virtual addresses only.
         let local_only = service.local_only && service.vips.contains(&ask.destination.ip());
         let distance = |endpoint: &Endpoint, place| {
@@ -275,6 +272,26 @@ impl Table {
             Place::Direct
         } else {
             Place::Far(node)
+        }
+    }
+
+    /// How near an endpoint is, for the order of DNS answers.
+    #[must_use]
+    pub fn nearness(&self, here: &Here, endpoint: &Endpoint) -> Nearness {
+        match self.place(here, endpoint) {
+            Place::Here => Nearness::Node,
+            Place::Direct if endpoint.node.is_some() => Nearness::Zone,
+            Place::Direct | Place::Far(_) => match self.own_zone(here) {
+                Some(zone) if self.zone_of(endpoint) == Some(zone) => Nearness::Zone,
+                Some(_) | None => Nearness::Any,
+            },
+        }
+    }
+
+    fn own_zone<'t>(&'t self, here: &'t Here) -> Option<&'t str> {
+        match &*here.zone {
+            "" => self.node(&here.node).and_then(|n| n.zone.as_deref()),
+            zone => Some(zone),
         }
     }
 

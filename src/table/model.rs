@@ -132,11 +132,26 @@ pub struct NodeInfo {
     pub zone: Option<Name>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PodId {
+    pub namespace: Name,
+    pub name: Name,
+}
+
+/// A Pod, for its name in the DNS and nothing else; one that has ended or is being deleted has no addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    pub id: PodId,
+    pub addresses: Vec<IpAddr>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
     Service(Service),
     Slice(Slice),
     Node(NodeInfo),
+    /// Only where the names of Pods are verified.
+    Pod(Pod),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -144,6 +159,7 @@ pub enum ObjectId {
     Service(ServiceId),
     Slice(SliceId),
     Node(Name),
+    Pod(PodId),
 }
 
 impl Object {
@@ -153,6 +169,7 @@ impl Object {
             Self::Service(s) => ObjectId::Service(s.id.clone()),
             Self::Slice(s) => ObjectId::Slice(s.id.clone()),
             Self::Node(n) => ObjectId::Node(n.name.clone()),
+            Self::Pod(p) => ObjectId::Pod(p.id.clone()),
         }
     }
 }

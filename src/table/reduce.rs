@@ -35,6 +35,7 @@ impl Table {
                     Object::Service(service) => self.put_service(source, generation, service),
                     Object::Slice(slice) => self.put_slice(source, generation, slice),
                     Object::Node(node) => self.put_node(source, generation, node),
+                    Object::Pod(pod) => self.pods.put(source, generation, pod, &mut self.names),
                 }
             }
             Change::Keep(source, id) => {
@@ -174,6 +175,7 @@ impl Table {
                 of(&mut self.records[slot as usize].services, source)
             }
             ObjectId::Node(name) => of(self.nodes.get_mut(name)?, source),
+            ObjectId::Pod(id) => of(self.pods.find_mut(id)?, source),
             ObjectId::Slice(id) => {
                 let (slot, at) = self.find_slice(source, id)?;
                 Some(&mut self.records[slot as usize].slices[at].generation)
@@ -218,6 +220,7 @@ impl Table {
                 self.reindex_node(name, &before);
                 visible
             }
+            ObjectId::Pod(id) => self.pods.delete(source, id),
             ObjectId::Slice(id) => {
                 let Some((slot, at)) = self.find_slice(source, id) else { return false };
                 let record = &mut self.records[slot as usize];
@@ -253,6 +256,8 @@ impl Table {
         }
         let nodes = self.nodes.values().flatten().filter(|e| stale(e, source, generation));
         gone.extend(nodes.map(|e| ObjectId::Node(e.value.name.clone())));
+        let pods = self.pods.entries().filter(|e| stale(e, source, generation));
+        gone.extend(pods.map(|e| ObjectId::Pod(e.value.id.clone())));
         let changed = gone.iter().fold(first, |changed, id| self.delete(source, id) || changed);
         drop(gone);
         self.names.clean();
@@ -306,14 +311,14 @@ fn slice_key(source: Source, id: &SliceId) -> u32 {
 }
 
 /// What became of a version that was put in its place; the flag says whether it is the one that is seen.
-enum Put<T> {
+pub(super) enum Put<T> {
     Same,
     New(bool),
     Replaced(T, bool),
 }
 
 impl<T> Put<T> {
-    fn is_visible(&self) -> bool {
+    pub(super) fn is_visible(&self) -> bool {
         match self {
             Self::Same => false,
             Self::New(visible) | Self::Replaced(_, visible) => *visible,
@@ -321,7 +326,7 @@ impl<T> Put<T> {
     }
 }
 
-fn put<T: PartialEq>(versions: &mut Versions<T>, source: Source, generation: u32, value: T) -> Put<T> {
+pub(super) fn put<T: PartialEq>(versions: &mut Versions<T>, source: Source, generation: u32, value: T) -> Put<T> {
     match versions.binary_search_by_key(&source, |e| e.source) {
         Ok(at) => {
             let visible = at + 1 == versions.len();
@@ -338,7 +343,7 @@ fn put<T: PartialEq>(versions: &mut Versions<T>, source: Source, generation: u32
     }
 }
 
-fn take<T>(versions: &mut Versions<T>, source: Source) -> Option<(T, bool)> {
+pub(super) fn take<T>(versions: &mut Versions<T>, source: Source) -> Option<(T, bool)> {
     let at = versions.binary_search_by_key(&source, |e| e.source).ok()?;
     let visible = at + 1 == versions.len();
     let old = versions.remove(at).value;

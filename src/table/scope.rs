@@ -11,6 +11,7 @@ pub enum Scope {
     Services(Option<Name>),
     Slices(Option<Name>),
     Nodes,
+    Pods(Option<Name>),
 }
 
 impl Table {
@@ -35,6 +36,13 @@ impl Table {
             Scope::Slices(within) => records(within)
                 .flat_map(|r| of(&r.slices, source))
                 .map(|slice| ObjectId::Slice(slice.id.clone()))
+                .collect(),
+            Scope::Pods(within) => self
+                .pods
+                .versions()
+                .flat_map(|p| of(p, source))
+                .filter(|pod| within.as_ref().is_none_or(|w| *w == pod.id.namespace))
+                .map(|pod| ObjectId::Pod(pod.id.clone()))
                 .collect(),
             Scope::Nodes => {
                 self.nodes.values().flat_map(|n| of(n, source)).map(|n| ObjectId::Node(n.name.clone())).collect()

@@ -33,6 +33,8 @@ pub const PEERS_MAX: usize = 1_000;
 const SERVICE: u8 = 1;
 const SLICE: u8 = 2;
 const NODE: u8 = 3;
+/// Came later: a weft that does not know it takes the whole for unreadable, as it would another version.
+const POD: u8 = 4;
 
 /// Whose snapshot it is, and of when.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -22,7 +22,7 @@ fn addresses(rng: &mut fastrand::Rng, most: usize) -> Vec<IpAddr> {
 }
 
 fn object(rng: &mut fastrand::Rng) -> Object {
-    match rng.u8(..5) {
+    match rng.u8(..6) {
         0 | 1 => Object::Service(Service {
             id: service_id(rng),
             kind: ServiceKind::ClusterIp,
@@ -64,6 +64,10 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                 endpoints,
             })
         }
+        4 => Object::Pod(Pod {
+            id: PodId { namespace: name("ns", rng.usize(..3)), name: name("pod", rng.usize(..3)) },
+            addresses: addresses(rng, 2),
+        }),
         _ => Object::Node(NodeInfo { name: name("node", rng.usize(..4)), addresses: addresses(rng, 2), zone: None }),
     }
 }
@@ -78,6 +82,7 @@ struct Seen {
     vips: BTreeMap<IpAddr, ServiceId>,
     by_endpoint: BTreeSet<(IpAddr, ServiceId)>,
     holders: BTreeMap<IpAddr, Vec<Name>>,
+    pods: BTreeSet<(Name, IpAddr)>,
 }
 
 #[derive(Default)]
@@ -98,6 +103,7 @@ impl Model {
         let mut services: BTreeMap<ServiceId, (Source, &Service)> = BTreeMap::new();
         let mut nodes: BTreeMap<Name, (Source, &NodeInfo)> = BTreeMap::new();
         let mut slices: Vec<(Source, &Slice)> = Vec::new();
+        let mut pods: BTreeMap<PodId, (Source, &Pod)> = BTreeMap::new();
         for (source, object) in &self.0 {
             match object {
                 Object::Service(s) if services.get(&s.id).is_none_or(|(old, _)| old < source) => {
@@ -107,8 +113,15 @@ impl Model {
                     nodes.insert(n.name.clone(), (*source, n));
                 }
                 Object::Slice(s) => slices.push((*source, s)),
-                Object::Service(_) | Object::Node(_) => {}
+                Object::Pod(p) if pods.get(&p.id).is_none_or(|(old, _)| old < source) => {
+                    pods.insert(p.id.clone(), (*source, p));
+                }
+                Object::Service(_) | Object::Node(_) | Object::Pod(_) => {}
             }
+        }
+        for (id, (_, pod)) in pods {
+            seen.namespaces.insert(id.namespace.clone());
+            seen.pods.extend(pod.addresses.iter().map(|a| (id.namespace.clone(), *a)));
         }
         slices.sort_by_key(|(_, s)| &s.id);
         for (id, (source, service)) in &services {
@@ -168,6 +181,8 @@ fn seen(table: &Table) -> Seen {
             assert_eq!(e.address, address);
             (address, s.id.clone())
         }));
+        let namespaces = (0..3).map(|n| name("ns", n));
+        seen.pods.extend(namespaces.filter(|n| table.has_pod(n, address)).map(|n| (n, address)));
         let holders = table.nodes_with(address);
         if !holders.is_empty() {
             seen.holders.insert(address, holders.to_vec());
@@ -184,6 +199,9 @@ fn assert_lean(table: &Table) {
     if slots == 0 {
         assert_eq!(table.by_vip.len() + table.by_endpoint.len() + table.by_slice.len(), 0);
         assert!(table.namespaces.is_empty());
+    }
+    if table.objects(Source::Config) + table.objects(Source::Manifests) + table.objects(Source::Api) == 0 {
+        assert!(table.pods.is_empty());
     }
 }
 
@@ -298,7 +316,9 @@ fn an_object_that_could_not_be_read_keeps_its_old_version() {
     let services = before.services.iter().map(|s| ObjectId::Service(s.id.clone()));
     let nodes = before.nodes.iter().map(|n| ObjectId::Node(n.name.clone()));
     let slices = before.endpoints.iter().map(|(_, slice, _)| ObjectId::Slice(slice.clone()));
-    for id in services.chain(nodes).chain(slices) {
+    let pod = |n: usize| PodId { namespace: name("ns", n % 3), name: name("pod", n / 3) };
+    let pods = (0..9).map(|n| ObjectId::Pod(pod(n)));
+    for id in services.chain(nodes).chain(slices).chain(pods) {
         assert!(!table.apply(Change::Keep(Source::Manifests, id)));
     }
     table.apply(Change::Keep(Source::Manifests, ObjectId::Node("unknown".into())));

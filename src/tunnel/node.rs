@@ -5,43 +5,42 @@
 
 use super::{
     Open,
+    admit::Effort,
     frame::{DATA_HEADER, Kind, classify},
-    gate::{Gate, Verdict},
+    gate::Gate,
     home::{Action, Homes, RelaySpec},
     keys::{Key, derive},
     lan::Lan,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
-    path::Path,
+    path::{Path, Way, canonical},
     peer::Peers,
     relay::{Relay, RelayLoad},
-    slot::{Role, STRANGER, Slot, Slots, virtual_address},
+    slot::{Role, Slot, Slots},
     streams::Streams,
     transport::Transport,
+    uplinks::{Pilot, Uplinks},
+    ways::Reach,
+    windows::{Budget, Limits},
 };
 use crate::{
     config::{Congestion, Profile},
     metrics::{TunnelCounters, add, bump},
 };
 use bytes::{Buf, BytesMut};
-use quinn_proto::{
-    ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Dir, Endpoint, Event as QuicEvent, Incoming,
-    StreamEvent,
-};
+use quinn_proto::{ConnectionHandle, Dir, Endpoint, Event as QuicEvent, StreamEvent};
 use std::{
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-/// Handshakes that may be half open before newcomers must show by a Retry that they receive.
-const HALF_OPEN_MAX: usize = 50;
 /// A connection without streams is closed after this.
 const IDLE_CLOSE: Duration = Duration::from_secs(60);
 /// Packets that keep a connection with idle streams alive, well below quinn's idle timeout.
-const KEEPALIVE: Duration = Duration::from_secs(20);
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(20);
 /// Housekeeping of idle connections.
 const SWEEP: Duration = Duration::from_secs(5);
 /// QUIC's "no error" of our protocol.
@@ -77,6 +76,8 @@ pub enum Output {
     /// `buf` holds one datagram, or several of `segment` bytes of which the last may be shorter.
     Send {
         to: SocketAddr,
+        /// The source, where it is not left to the routing table.
+        local: Option<IpAddr>,
         segment: Option<usize>,
     },
     /// `buf` holds a beacon for every link.
@@ -88,14 +89,14 @@ pub enum Output {
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    Address(SocketAddr),
+    Address(Way),
     Relay { relay: usize, flow: u32 },
 }
 
 impl Origin {
     pub(super) fn path(self) -> Path {
         match self {
-            Self::Address(address) => Path::Direct(address),
+            Self::Address(way) => Path::Direct(way),
             Self::Relay { relay, flow } => Path::Relay { relay, flow },
         }
     }
@@ -105,7 +106,7 @@ pub struct Node {
     pub(super) name: String,
     pub(super) transport: Transport,
     pub(super) endpoint: Endpoint,
-    gate: Gate,
+    pub(super) gate: Gate,
     pub(super) slots: Slots,
     pub(super) by_handle: HashMap<ConnectionHandle, u32>,
     pub(super) peers: Peers,
@@ -124,6 +125,13 @@ pub struct Node {
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
     pub(super) lan: Lan,
+    pub(super) uplinks: Rc<Uplinks>,
+    pub(super) pilot: Pilot,
+    pub(super) reach: Reach,
+    pub(super) budget: Budget,
+    pub(super) effort: Effort,
+    /// When public-key work began that was not accounted for yet.
+    pub(super) working_since: Option<Instant>,
     pub(super) count: Rc<TunnelCounters>,
 }
 
@@ -133,13 +141,12 @@ impl Node {
         let root = derive(&config.local.secret, b"weft relay", b"");
         let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
         let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
-        let transport = Transport::new(Arc::new(config.local), config.profile, config.congestion, rng.fork());
-        let endpoint = Endpoint::new(
-            Arc::new(transport.endpoint(&mut rng, config.seed)),
-            Some(Arc::new(transport.server())),
-            true,
-            None,
-        );
+        let limits = Limits::of(config.profile);
+        let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
+        let endpoint =
+            Endpoint::new(Arc::new(transport.endpoint(&mut rng, config.seed)), Some(transport.server()), true, None);
+        let serial = transport.local.unix.load(Ordering::Relaxed).into();
+        let homes = Homes::new(config.relays, transport.local.public, serial, now, rng.fork());
         Self {
             name: config.name,
             gate: Gate::new(transport.cids.clone(), &transport.local.public),
@@ -149,7 +156,7 @@ impl Node {
             by_handle: HashMap::new(),
             peers: Peers::default(),
             streams: Streams::default(),
-            homes: Homes::new(config.relays, now, rng.fork()),
+            homes,
             relay,
             outbox: Outbox::default(),
             events: VecDeque::new(),
@@ -161,6 +168,12 @@ impl Node {
             rng,
             local: Vec::new(),
             lan: Lan::new(psk.as_ref(), now),
+            uplinks: Rc::default(),
+            pilot: Pilot::default(),
+            reach: Reach::default(),
+            budget: Budget::new(limits),
+            effort: Effort::new(now),
+            working_since: None,
             count,
         }
     }
@@ -195,13 +208,17 @@ impl Node {
         self.step(now);
     }
 
-    /// Datagrams of `segment` bytes each (the last may be shorter) from one address.
-    pub fn handle_datagrams(&mut self, now: Instant, from: SocketAddr, batch: &mut [u8], segment: usize) {
+    /// Datagrams of `segment` bytes each (the last may be shorter) from one address to one of ours.
+    pub fn handle_datagrams(&mut self, now: Instant, from: impl Into<Way>, batch: &mut [u8], segment: usize) {
+        self.take_datagrams(now, from.into(), batch, segment);
+    }
+
+    fn take_datagrams(&mut self, now: Instant, from: Way, batch: &mut [u8], segment: usize) {
         self.step(now);
         if batch.is_empty() || segment == 0 {
             return;
         }
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let from = self.uplinks.way_of(canonical(from.remote), from.local.map(|ip| ip.to_canonical()));
         add(&self.count.rx_datagrams, batch.len().div_ceil(segment) as u64);
         add(&self.count.rx_bytes, batch.len() as u64);
         // A batch is one flow of the kernel's, but may still hold frames of several kinds.
@@ -217,13 +234,14 @@ impl Node {
         }
     }
 
-    fn handle_run(&mut self, now: Instant, from: SocketAddr, kind: Kind, run: &mut [u8], segment: usize) {
+    fn handle_run(&mut self, now: Instant, way: Way, kind: Kind, run: &mut [u8], segment: usize) {
+        let from = way.remote;
         match kind {
             Kind::Quic => {
                 let mut bytes = BytesMut::from(&*run);
                 while !bytes.is_empty() {
                     let datagram = bytes.split_to(segment.min(bytes.len()));
-                    self.handle_quic(now, Origin::Address(from), datagram);
+                    self.handle_quic(now, Origin::Address(way), datagram);
                 }
             }
             Kind::RelayData => match self.homes.at(from) {
@@ -233,9 +251,8 @@ impl Node {
                     None => bump(&self.count.relay_rejects),
                 },
             },
-            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
-            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
+            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, way, frame)),
+            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(way), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
@@ -243,14 +260,26 @@ impl Node {
         }
     }
 
-    fn handle_control(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+    fn handle_control(&mut self, now: Instant, way: Way, frame: &[u8]) {
+        let from = way.remote;
         let mut actions = Vec::new();
-        let taken = match self.homes.at(from) {
+        let known = self.homes.at(from);
+        let before = known.map(|relay| self.seen_by(relay));
+        let taken = match known {
             Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
             None => false,
         };
         match &mut self.relay {
-            _ if taken => self.act(now, actions),
+            _ if taken => {
+                self.uplink_works(now, way);
+                if let Some(Action::Tried(seen)) = actions.first() {
+                    self.uplink_seen(now, way, *seen);
+                }
+                if before != known.map(|relay| self.seen_by(relay)) {
+                    self.tell_all(now); // where we are now, and behind what
+                }
+                self.act(now, actions);
+            }
             Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),
             None => bump(&self.count.control_rejects),
         }
@@ -276,149 +305,6 @@ impl Node {
         }
     }
 
-    fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
-        let slots = &self.slots;
-        let live = |slot| slots.get(slot).is_some();
-        let len = datagram.len() as u64;
-        let index = match self.gate.judge(&datagram, &self.transport.local, live, &self.count) {
-            Verdict::Drop => return,
-            // A slot that is gone: quinn answers with a stateless reset, to where this came from.
-            Verdict::Ours(slot) => {
-                if live(slot) {
-                    slot
-                } else {
-                    STRANGER
-                }
-            }
-            Verdict::Reset => match self.slots.iter().find(|(_, s)| s.path == origin.path()) {
-                Some((slot, _)) => slot,
-                None => return bump(&self.count.stray_short_header),
-            },
-            Verdict::First => {
-                // Again the first flight of a handshake under way, or a new one.
-                let dcid = first_dcid(&datagram);
-                let again = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
-                let known = self.slots.iter().find(|(_, s)| again(s)).map(|(index, _)| index);
-                match known.or_else(|| self.slots.vacant()) {
-                    Some(index) => index,
-                    None => return bump(&self.count.budget_exceeded),
-                }
-            }
-        };
-        self.heard(now, index, origin, len);
-        self.transport.serve(index);
-        let mut reply = Vec::new();
-        let dcid = first_dcid(&datagram).to_vec();
-        match self.endpoint.handle(now, virtual_address(index), None, None, datagram, &mut reply) {
-            None => {}
-            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(handle, event),
-            Some(DatagramEvent::NewConnection(incoming)) => self.accept(now, origin, incoming, dcid),
-            Some(DatagramEvent::Response(transmit)) => {
-                reply.truncate(transmit.size);
-                self.send_raw(now, origin.path(), &reply);
-            }
-        }
-    }
-
-    fn deliver(&mut self, handle: ConnectionHandle, event: ConnectionEvent) {
-        let Some(index) = self.by_handle.get(&handle).copied() else { return };
-        if let Some(slot) = self.slots.get_mut(index) {
-            slot.conn.handle_event(event);
-            self.touch(index);
-        }
-    }
-
-    fn accept(&mut self, now: Instant, origin: Origin, incoming: Incoming, dcid: Vec<u8>) {
-        let mut reply = Vec::new();
-        let Some(index) = self.slots.vacant() else {
-            bump(&self.count.budget_exceeded);
-            return self.endpoint.ignore(incoming);
-        };
-        if self.slots.half_open() >= HALF_OPEN_MAX && incoming.may_retry() {
-            bump(&self.count.retries_sent);
-            if let Ok(transmit) = self.endpoint.retry(incoming, &mut reply) {
-                reply.truncate(transmit.size);
-                self.send_raw(now, origin.path(), &reply);
-            }
-            return;
-        }
-        self.transport.serve(index);
-        match self.endpoint.accept(incoming, now, &mut reply, None) {
-            Ok((handle, conn)) => {
-                self.insert_slot(now, index, handle, conn, Role::Accepted, origin.path());
-                if let Some(slot) = self.slots.get_mut(index) {
-                    slot.first_dcid = dcid;
-                }
-            }
-            Err(error) => {
-                self.refused(&error.cause, origin.path());
-                if let Some(transmit) = error.response {
-                    reply.truncate(transmit.size);
-                    self.send_raw(now, origin.path(), &reply);
-                }
-            }
-        }
-    }
-
-    /// We refused a handshake: one line that says why.
-    fn refused(&self, cause: &ConnectionError, path: Path) {
-        bump(&self.count.handshake_failures);
-        if let ConnectionError::TransportError(error) = cause {
-            bump(&self.count.bad_certificate);
-            let from = self.describe(path);
-            log::warn!(target: "tunnel", "handshake from {from} refused: {}", error.reason);
-        }
-    }
-
-    pub(super) fn insert_slot(
-        &mut self,
-        now: Instant,
-        index: u32,
-        handle: ConnectionHandle,
-        conn: quinn_proto::Connection,
-        role: Role,
-        path: Path,
-    ) {
-        let slot = Slot {
-            handle,
-            conn,
-            role,
-            path,
-            first_dcid: Vec::new(),
-            peer: None,
-            born: now,
-            idle_since: now,
-            next_keepalive: now + KEEPALIVE,
-            lost: false,
-            streams: std::collections::BTreeMap::new(),
-            timeout: Some(now),
-            dirty: false,
-            tx_bytes: 0,
-            rx_bytes: 0,
-            also: None,
-            recent: VecDeque::new(),
-        };
-        self.slots.insert(index, slot);
-        self.by_handle.insert(handle, index);
-        self.touch(index);
-    }
-
-    pub(super) fn connect_slot(
-        &mut self,
-        now: Instant,
-        dial: super::noise::Dial,
-        role: Role,
-        path: Path,
-    ) -> Result<u32, String> {
-        let index = self.slots.vacant().ok_or("too many connections")?;
-        self.transport.serve(index);
-        let config = self.transport.client(dial).ok_or("the bundle has no psk")?;
-        let (handle, conn) =
-            self.endpoint.connect(now, config, virtual_address(index), "weft").map_err(|e| e.to_string())?;
-        self.insert_slot(now, index, handle, conn, role, path);
-        Ok(index)
-    }
-
     /// This connection has something to do.
     pub(super) fn touch(&mut self, index: u32) {
         if let Some(slot) = self.slots.get_mut(index).filter(|s| !s.dirty) {
@@ -431,13 +317,13 @@ impl Node {
     pub(super) fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
         let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
         let to = match path {
-            Path::Direct(address) => {
+            Path::Direct(way) => {
                 frame.extend_from_slice(datagram);
-                Some(address)
+                Some(way)
             }
             Path::Relay { relay, flow } => {
                 let up = self.homes.wrap(relay, now, flow, datagram, &mut frame);
-                self.homes.get(relay).and_then(|h| h.address).filter(|_| up)
+                self.homes.get(relay).and_then(|h| h.address).filter(|_| up).map(Way::from)
             }
         };
         if let Some(to) = to {
@@ -451,13 +337,11 @@ impl Node {
             return;
         }
         self.due = None;
-        let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
-        for index in expired {
-            if let Some(slot) = self.slots.get_mut(index) {
-                slot.timeout = None;
+        let (slots, peers) = (self.slots.due(now), self.peers.due(now));
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index) {
                 slot.conn.handle_timeout(now);
-                self.touch(index);
+                self.touch(*index);
             }
         }
         let mut actions = Vec::new();
@@ -466,8 +350,10 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_dials(now);
-        self.drive_paths(now);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
+        self.drive_paths(now, &peers);
+        self.drive_uplinks(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
@@ -487,7 +373,16 @@ impl Node {
             self.close(now, index, "idle");
         }
         let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
-        all.into_iter().for_each(|index| self.touch(index));
+        for index in all {
+            if let Some(slot) = self.slots.get_mut(index) {
+                let change = slot.windows.settle(now, &mut self.budget);
+                if slot.windows.quiet(now) {
+                    slot.recent = VecDeque::new();
+                }
+                self.resize(index, change);
+            }
+            self.touch(index);
+        }
     }
 
     pub(super) fn close(&mut self, now: Instant, index: u32, why: &'static str) {
@@ -503,6 +398,9 @@ impl Node {
         let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
         all.into_iter().for_each(|index| self.close(now, index, "the node stops"));
         self.homes.bye(&mut self.outbox);
+        if let Some(relay) = &mut self.relay {
+            relay.say_restarting(&mut self.outbox);
+        }
     }
 
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
@@ -542,7 +440,7 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    relay.register(now, certificate, &secret, from);
+                    relay.register(now, certificate, &secret, from.remote);
                 }
                 // A node cannot register through another relay: its address would not be its own.
                 _ => self.close(now, index, "this node is not a relay"),
@@ -559,11 +457,4 @@ impl Node {
             self.act_on(now, action);
         }
     }
-}
-
-/// Of a long header, RFC 8999 section 5.1; empty for a short one.
-fn first_dcid(datagram: &[u8]) -> &[u8] {
-    let long = datagram.first().is_some_and(|b| b & 0x80 != 0);
-    let len = datagram.get(5).map_or(0, |l| usize::from(*l));
-    datagram.get(6..6 + len).filter(|_| long).unwrap_or_default()
 }

@@ -306,6 +306,10 @@ pub struct PeerView {
     /// The address that packets go to, or the relay's name.
     pub via: String,
     pub rtt_ms: Option<u32>,
+    /// "bbr", "cubic", or "" without a connection.
+    pub congestion: &'static str,
+    /// UDP payload that the path carries, as far as it is known; 0 without a connection.
+    pub mtu: u16,
     pub since_secs: u64,
     pub streams: usize,
     pub tx_bytes: u64,

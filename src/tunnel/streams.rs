@@ -314,7 +314,9 @@ impl Node {
                 }
             }
         }
-        if chunks.finalize().should_transmit() {
+        let credit = chunks.finalize().should_transmit();
+        slot.windows.read(filled);
+        if credit {
             self.touch(index);
         }
         if filled > 0 { Progress::Bytes(filled) } else { last }
@@ -337,6 +339,7 @@ impl Node {
         }
         let Some(slot) = self.slots.get_mut(index) else { return Progress::Broken("the connection was lost".into()) };
         let result = slot.conn.send_stream(id).write(bytes);
+        slot.windows.written(result.as_ref().map_or(0, |len| *len));
         self.touch(index);
         match result {
             Ok(len) => Progress::Bytes(len),
@@ -381,6 +384,12 @@ impl Node {
             slot.idle_since = now;
         }
         self.touch(index);
+    }
+
+    /// Those of these streams whose OPEN has no answer yet get none.
+    pub(super) fn kill_unanswered(&mut self, mut keys: Vec<u32>, why: &str) {
+        keys.retain(|key| matches!(self.streams.get_mut(*key), Some(Stream { state: State::Asked { .. }, .. })));
+        self.kill_streams(keys, why);
     }
 
     /// The connection of these streams is gone, or they never got one.

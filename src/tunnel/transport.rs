@@ -1,14 +1,15 @@
-//! How quinn-proto is set up: bounds, windows and congestion control by profile.
+//! How quinn-proto is set up: bounds, windows, path MTU discovery and congestion control.
 
 use super::{
     cid::{CID_LEN, CidKey, Generator, HINT_LEN, hint},
+    congestion::{Control, OnLink},
     keys::{ResetKey, TokenKey, derive},
-    noise::{Dial, Local, Respond, version},
+    noise::{Dial, Local, Purpose, Respond, version},
+    windows::Windows,
 };
-use crate::config::{Congestion, Profile};
+use crate::config::Congestion;
 use quinn_proto::{
     ClientConfig, ConnectionId, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
-    congestion,
 };
 use std::{
     sync::{
@@ -30,10 +31,12 @@ pub(super) const STREAMS_MOST: u32 = 1024;
 const IDLE: Duration = Duration::from_secs(60);
 /// What a first packet is given before it is sent again, a third of it: RFC 9002's 333 ms would let one
 /// lost Initial cost a second.
-const RTT_FIRST: Duration = Duration::from_millis(100);
-/// RFC 9000 section 14.1: what every path must carry.
+/// The odd nanosecond tells it from a measured one.
+pub(super) const RTT_FIRST: Duration = Duration::from_nanos(100_000_001);
+/// RFC 9000 section 14.1: what every path must carry, a relay's with 13 bytes more.
 const MTU_FIRST: u16 = 1200;
-/// Ethernet's 1,500 less IPv4 and UDP (28) and our relay header (13), rounded down.
+/// Ethernet's 1,500 less IPv6 and UDP (48), which is also less than with IPv4, UDP and our relay header (41).
+/// Where IPv6, PPPoE or a tunnel leaves less, discovery finds how much.
 const MTU_MOST: u16 = 1452;
 /// Random bytes of a client's first DCID behind the hint: 16 in all, RFC 9000 section 7.2 asks for 8.
 const DCID_LEN: usize = 16;
@@ -44,57 +47,54 @@ pub(super) struct Transport {
     pub(super) cids: CidKey,
     /// The slot for which quinn will ask connection IDs next.
     pub(super) current: Arc<AtomicU32>,
-    common: Arc<TransportConfig>,
+    server: ServerConfig,
+    congestion: Congestion,
+    /// Of each stream, for a connection's whole life.
+    stream_window: u32,
     dcids: Arc<Mutex<fastrand::Rng>>,
 }
 
-struct Windows {
-    stream: u32,
-    connection: u32,
-    send: u64,
-}
-
-/// design.md 6.1: below 1 GB of RAM, and above.
-fn windows(profile: Profile) -> Windows {
-    match profile {
-        Profile::Auto | Profile::Router => Windows { stream: 512 << 10, connection: 768 << 10, send: 768 << 10 },
-        Profile::Server => Windows { stream: 1 << 20, connection: 8 << 20, send: 8 << 20 },
-    }
-}
-
 impl Transport {
-    pub(super) fn new(local: Arc<Local>, profile: Profile, congestion: Congestion, mut rng: fastrand::Rng) -> Self {
-        let Windows { stream, connection, send } = windows(profile);
-        let mut mtu = MtuDiscoveryConfig::default();
-        mtu.upper_bound(MTU_MOST);
-        let mut common = TransportConfig::default();
-        common
-            .max_concurrent_bidi_streams(STREAMS_FIRST.into())
-            .max_concurrent_uni_streams(0_u32.into())
-            .max_idle_timeout(IdleTimeout::try_from(IDLE).ok())
-            .stream_receive_window(stream.into())
-            .receive_window(connection.into())
-            .send_window(send)
-            .initial_rtt(RTT_FIRST)
-            .initial_mtu(MTU_FIRST)
-            .mtu_discovery_config(Some(mtu))
-            .datagram_receive_buffer_size(None)
-            .crypto_buffer_size(4 << 10);
-        match congestion {
-            // Every connection begins on a relay, and there BBR is worth a factor of 27 at 1 % loss.
-            Congestion::Auto | Congestion::Bbr => {
-                common.congestion_controller_factory(Arc::new(congestion::BbrConfig::default()))
-            }
-            Congestion::Cubic => common.congestion_controller_factory(Arc::new(congestion::CubicConfig::default())),
-        };
+    pub(super) fn new(local: Arc<Local>, stream_window: u32, congestion: Congestion, mut rng: fastrand::Rng) -> Self {
         let root = derive(&local.secret, b"weft cid", b"");
+        let token = derive(&local.secret, b"weft token", b"");
+        let mut server = ServerConfig::new(Arc::new(Respond(Arc::clone(&local))), Arc::new(TokenKey(token)));
+        server
+            // Below us a peer has one virtual address, whatever its path: quinn must see no migration.
+            .migration(false)
+            .max_incoming(INCOMING_MAX)
+            .incoming_buffer_size(INCOMING_BYTES)
+            .incoming_buffer_size_total(INCOMING_BYTES_ALL);
         Self {
             cids: CidKey::new(&root),
             current: Arc::new(AtomicU32::new(0)),
-            common: Arc::new(common),
+            server,
+            congestion,
+            stream_window,
             dcids: Arc::new(Mutex::new(rng.fork())),
             local,
         }
+    }
+
+    /// A registration lasts a few packets: nothing is gained by probing its path.
+    fn connection(&self, windows: &Windows, on_link: &OnLink, probe_mtu: bool) -> Arc<TransportConfig> {
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(MTU_MOST);
+        let mut config = TransportConfig::default();
+        config
+            .max_concurrent_bidi_streams(STREAMS_FIRST.into())
+            .max_concurrent_uni_streams(0_u32.into())
+            .max_idle_timeout(IdleTimeout::try_from(IDLE).ok())
+            .stream_receive_window(self.stream_window.into())
+            .receive_window(windows.receive.into())
+            .send_window(windows.send.into())
+            .initial_rtt(RTT_FIRST)
+            .initial_mtu(MTU_FIRST)
+            .mtu_discovery_config(probe_mtu.then_some(mtu))
+            .datagram_receive_buffer_size(None)
+            .crypto_buffer_size(4 << 10)
+            .congestion_controller_factory(Arc::new(Control { choice: self.congestion, on_link: Arc::clone(on_link) }));
+        Arc::new(config)
     }
 
     pub(super) fn endpoint(&self, rng: &mut fastrand::Rng, seed: Option<[u8; 32]>) -> EndpointConfig {
@@ -112,34 +112,32 @@ impl Transport {
         config
     }
 
-    pub(super) fn server(&self) -> ServerConfig {
-        let token = derive(&self.local.secret, b"weft token", b"");
-        let mut config = ServerConfig::new(Arc::new(Respond(Arc::clone(&self.local))), Arc::new(TokenKey(token)));
-        config
-            .transport_config(Arc::clone(&self.common))
-            // Below us a peer has one virtual address, whatever its path: quinn must see no migration.
-            .migration(false)
-            .max_incoming(INCOMING_MAX)
-            .incoming_buffer_size(INCOMING_BYTES)
-            .incoming_buffer_size_total(INCOMING_BYTES_ALL);
-        config
+    /// For the endpoint, which asks nothing of it but bounds and keys.
+    pub(super) fn server(&self) -> Arc<ServerConfig> {
+        Arc::new(self.server.clone())
+    }
+
+    /// For one connection that is accepted.
+    pub(super) fn accepting(&self, windows: &Windows, on_link: &OnLink) -> Arc<ServerConfig> {
+        let mut config = self.server.clone();
+        config.transport_config(self.connection(windows, on_link, true));
+        Arc::new(config)
     }
 
     /// None where we hold no psk.
-    pub(super) fn client(&self, dial: Dial) -> Option<ClientConfig> {
+    pub(super) fn client(&self, dial: Dial, windows: &Windows, on_link: &OnLink) -> Option<ClientConfig> {
         let epoch = self.local.psks.first()?.0;
         let (named, rng) = (hint(&dial.peer), Arc::clone(&self.dcids));
+        let transport = self.connection(windows, on_link, dial.purpose == Purpose::Peer);
         let mut config = ClientConfig::new(Arc::new(dial));
-        config.version(version(epoch)).transport_config(Arc::clone(&self.common)).initial_dst_cid_provider(Arc::new(
-            move || {
-                let mut dcid = [0; DCID_LEN];
-                dcid[..HINT_LEN].copy_from_slice(&named);
-                if let Ok(mut rng) = rng.lock() {
-                    rng.fill(&mut dcid[HINT_LEN..]);
-                }
-                ConnectionId::new(&dcid)
-            },
-        ));
+        config.version(version(epoch)).transport_config(transport).initial_dst_cid_provider(Arc::new(move || {
+            let mut dcid = [0; DCID_LEN];
+            dcid[..HINT_LEN].copy_from_slice(&named);
+            if let Ok(mut rng) = rng.lock() {
+                rng.fill(&mut dcid[HINT_LEN..]);
+            }
+            ConnectionId::new(&dcid)
+        }));
         Some(config)
     }
 

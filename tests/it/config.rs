@@ -50,6 +50,7 @@ fn the_example_names_the_defaults() {
     assert_eq!(all.kube.kubeconfig.take(), Some("/etc/weft/kubeconfig".into()));
     assert_eq!(all.kube.token_file.take(), Some("/etc/weft/token".into()));
     assert_eq!(all.kube.ca_file.take(), Some("/etc/weft/ca.crt".into()));
+    assert_eq!(all.dns.take_over.take(), Some(("kube-system".into(), "kube-dns".into())));
     assert_eq!(all, Config::default());
 }
 
@@ -131,13 +132,44 @@ const MISTAKES: &[(&str, &str)] = &[
         "3:3: dns.upstream: \"ns1\": expected a server's address, such as 192.0.2.1 or 192.0.2.1:53, or the path of a \
          resolv.conf",
     ),
+    (
+        "dns.listen_also = [\"0.0.0.0\"]",
+        "1:20: dns.listen_also: \"0.0.0.0\": expected an address of this host, such as 192.168.1.1 or 192.168.1.1:53",
+    ),
+    (
+        "dns.take_over = \"kube-dns\"",
+        "1:17: dns.take_over: \"kube-dns\": expected namespace/name of a Service, such as kube-system/kube-dns",
+    ),
+    (
+        "dns.zones = [\"10.in-addr.arpa\", \"xip6.arpa\"]",
+        "1:33: dns.zones: \"xip6.arpa\": expected a zone of addresses' names, such as 10.in-addr.arpa or ip6.arpa",
+    ),
+    ("dns.fallthrough = [\"a..b\"]", "1:20: dns.fallthrough: \"a..b\": expected a domain, or \".\" for all"),
+    ("dns.pods = \"secure\"", "1:12: dns.pods: \"secure\": expected \"disabled\" or \"insecure\" or \"verified\""),
+    (
+        "dns.namespaces = [\"a.b\"]",
+        "1:19: dns.namespaces: \"a.b\": expected a namespace: 1 to 63 characters a-z, 0-9 and '-'",
+    ),
+    ("dns.empty_services = \"\"", "1:22: dns.empty_services: \"\": expected \"nodata\" or \"nxdomain\""),
+    ("[dns.stub]\n\"a b\" = [\"10.0.0.1\"]", "2:1: dns.stub: \"a b\": expected a domain such as corp.example"),
+    ("[dns.stub]\n\"corp.example\" = []", "2:1: dns.stub: corp.example: expected 1 to 8 servers"),
+    (
+        "[dns.stub]\n\"corp.example\" = [\"10.0.0.1\", \"ns1\"]",
+        "2:31: dns.stub: \"ns1\": expected a server's address, such as 192.0.2.1 or 192.0.2.1:53",
+    ),
+    ("[dns.stub]\na = [\"10.0.0.1\"]\n\"A.\" = [\"10.0.0.1\"]", "2:1: dns.stub: a is there twice"),
+    ("dns.cache_ttl = 604801", "1:17: dns.cache_ttl: 604801: expected a number from 0 to 604800"),
     ("proxy.mark = 3", "1:14: proxy.mark: 3: expected one bit of 32, such as 0x20"),
     ("proxy.mark = 0x1_0000_0000", "1:14: proxy.mark: 4294967296: expected one bit of 32, such as 0x20"),
-    ("proxy.backend = \"nft\"", "1:17: proxy.backend: \"nft\": expected \"auto\" or \"iptables\""),
+    ("proxy.backend = \"nftables\"", "1:17: proxy.backend: \"nftables\": expected \"auto\" or \"iptables\" or \"nft\""),
     ("proxy.max_connections = 0", "1:25: proxy.max_connections: 0: expected a number from 1 to 65536"),
     (
         "proxy.interfaces = [\"br-lan\", \"-j ACCEPT\"]",
         "1:31: proxy.interfaces: \"-j ACCEPT\": expected an interface's name, of 1 to 15 characters",
+    ),
+    (
+        "[tunnel]\ninterfaces = [\"an interface with a long name\"]",
+        "2:15: tunnel.interfaces: \"an interface with a long name\": expected an interface's name, of 1 to 15 characters",
     ),
     (
         "tunnel.relays = [\"relay.example:7843\"]",

@@ -1,8 +1,8 @@
 //! The DNS server with real sockets on loopback: both transports, the way to the upstreams, look-ups.
 
 use crate::dns_world::{
-    FakeUpstream, addresses, by_tcp, by_udp, config, idle_connections, query, read_framed, run, serve, source_address,
-    until,
+    FakeUpstream, addresses, by_tcp, by_udp, config, idle_connections, query, read_framed, run, serve, setup,
+    source_address, until,
 };
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, future::zip};
 use simple_dns::{Packet, PacketFlag, RCODE, TYPE, rdata::RData};
@@ -16,7 +16,7 @@ use weft::{
     clock::Clock,
     config::Upstream,
     dns::{Forwarder, Server},
-    metrics::DnsCounters,
+    table::balance::Here,
 };
 
 const WEB: &str = "web.shop.svc.cluster.local";
@@ -232,7 +232,7 @@ fn look_ups_of_our_own_with_and_without_a_server() {
         let upstream = FakeUpstream::start(&tasks);
         let cfg = config("127.0.0.1", vec![Upstream::Server(upstream.at)]);
         let server = serve(&tasks, &cfg);
-        let alone = Forwarder::new(&cfg, Rc::new(DnsCounters::default()), Clock::new(0), 1);
+        let alone = Forwarder::new(&cfg, &setup(&Rc::default()));
         let resolver = alone.resolver();
         tasks.spawn(alone.run()).detach();
         for resolver in [server.resolver, resolver] {
@@ -252,8 +252,7 @@ fn a_server_that_is_dropped_lets_go_of_its_port() {
     run(async |tasks| {
         let cfg = config("127.0.0.1", vec![]);
         let table = weft::shared::Writer::new(weft::table::Table::default());
-        let counters = Rc::new(DnsCounters::default());
-        let server = Server::bind(&cfg, table.reader(), counters, Clock::new(0), 1).unwrap();
+        let server = Server::bind(&cfg, table.reader(), Here::default(), &setup(&Rc::default())).unwrap();
         let at = SocketAddr::new(cfg.listen.ip(), server.port());
         let task = tasks.spawn(server.run());
         let mut open = Async::<TcpStream>::connect(at).await.unwrap();

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use weft::{
     dns::forward::Transport,
     table::model::{
-        Affinity, Endpoint, Name, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId, SlicePort,
+        Affinity, Endpoint, Name, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId,
+        SlicePort,
     },
 };
 
@@ -18,12 +19,15 @@ pub(crate) struct FakeUpstream {
 
 impl FakeUpstream {
     pub(crate) fn answer(&mut self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+        let query = Packet::parse(query).unwrap();
+        let question = query.questions[0].clone();
+        if question.qtype == TYPE::HINFO.into() {
+            return None; // a probe of an upstream that said nothing
+        }
         if transport == Transport::Udp {
             self.hits += 1;
         }
-        let query = Packet::parse(query).unwrap();
-        let question = query.questions[0].clone();
-        let name = format!("{}.", question.qname);
+        let name = format!("{}.", question.qname).to_ascii_lowercase();
         let entry = &self.names[name.as_str()];
         if self.dead || entry["drop"].is_true() {
             return None;
@@ -127,6 +131,11 @@ pub(crate) fn slice(s: &Json) -> Slice {
         ports: ports.collect(),
         endpoints: s["eps"].list().iter().flat_map(endpoints).collect(),
     }
+}
+
+pub(crate) fn pod(p: &Json) -> Pod {
+    let id = PodId { namespace: name(p["ns"].text()), name: name(p["name"].text()) };
+    Pod { id, addresses: vec![p["ip"].text().parse().unwrap()] }
 }
 
 fn endpoints(e: &Json) -> Vec<Endpoint> {

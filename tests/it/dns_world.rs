@@ -15,12 +15,13 @@ use std::{
 };
 use weft::{
     clock::Clock,
-    config::{DnsConfig, PodNames, Upstream},
-    dns::{Resolver, Server},
+    config::{DnsConfig, Upstream},
+    dns::{Resolver, Server, Setup},
     metrics::DnsCounters,
     shared::Writer,
     table::{
         Table,
+        balance::Here,
         model::{
             Affinity, Change, Endpoint, Object, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId,
             SlicePort, Source,
@@ -44,15 +45,7 @@ pub(crate) fn run<R>(test: impl AsyncFnOnce(Executor) -> R) -> R {
 }
 
 pub(crate) fn config(ip: &str, upstream: Vec<Upstream>) -> DnsConfig {
-    DnsConfig {
-        enable: true,
-        listen: SocketAddr::new(ip.parse().unwrap(), 53),
-        domain: "cluster.local".into(),
-        ttl: 30,
-        pods: PodNames::Insecure,
-        upstream,
-        cache: 64,
-    }
+    DnsConfig { listen: SocketAddr::new(ip.parse().unwrap(), 53), upstream, cache: 64, ..DnsConfig::default() }
 }
 
 /// `web.shop` with a virtual address, and `big.shop` without one and with 100 endpoints.
@@ -108,10 +101,14 @@ pub(crate) struct Running {
     _table: Writer<Table>,
 }
 
+pub(crate) fn setup(counters: &Rc<DnsCounters>) -> Setup {
+    Setup { counters: Rc::clone(counters), clock: Clock::new(0), mark: 1, interfaces: vec![] }
+}
+
 pub(crate) fn serve(tasks: &Executor, cfg: &DnsConfig) -> Running {
     let table = Writer::new(table());
     let counters = Rc::new(DnsCounters::default());
-    let server = Server::bind(cfg, table.reader(), Rc::clone(&counters), Clock::new(0), 1).unwrap();
+    let server = Server::bind(cfg, table.reader(), Here::default(), &setup(&counters)).unwrap();
     let at = SocketAddr::new(cfg.listen.ip(), server.port());
     let resolver = server.resolver();
     tasks.spawn(server.run()).detach();
@@ -178,6 +175,9 @@ impl FakeUpstream {
                 let mut buf = [0; 2048];
                 loop {
                     let (n, from) = udp.recv_from(&mut buf).await.unwrap();
+                    if Packet::parse(&buf[..n]).unwrap().questions[0].qtype == TYPE::HINFO.into() {
+                        continue; // a probe of an upstream that said nothing
+                    }
                     this.queries.set(this.queries.get() + 1);
                     this.sources.borrow_mut().push(from.port());
                     if !this.dead.get() {
@@ -209,7 +209,7 @@ impl FakeUpstream {
     fn answer(&self, query: &[u8], tcp: bool) -> Vec<u8> {
         let query = Packet::parse(query).unwrap();
         let question = query.questions[0].clone();
-        let name = question.qname.to_string();
+        let name = question.qname.to_string().to_ascii_lowercase();
         let mut reply = Packet::new_reply(query.id());
         reply.questions.push(question.clone());
         let v4 = question.qtype == QTYPE::TYPE(TYPE::A);
@@ -236,7 +236,8 @@ pub(crate) fn query(id: u16, name: &str, kind: TYPE) -> Vec<u8> {
 
 /// Asks by UDP from a connected socket, so that only what comes from that very address is seen.
 pub(crate) async fn by_udp(server: SocketAddr, message: &[u8]) -> Vec<u8> {
-    let socket = Async::<UdpSocket>::bind(([127, 0, 0, 1], 0)).unwrap();
+    let any: IpAddr = if server.is_ipv4() { [127, 0, 0, 1].into() } else { [0; 16].into() };
+    let socket = Async::<UdpSocket>::bind((any, 0)).unwrap();
     socket.get_ref().connect(server).unwrap();
     socket.send(message).await.unwrap();
     let mut buf = vec![0; 65_535];

@@ -2,10 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, unreachable_pub)]
 
 mod direct;
+mod line;
+mod many;
 mod nat;
 mod pair;
+mod rates;
 mod recall;
 mod relayed;
+mod strangers;
+mod uplinks;
 mod world;
 
 /// The log of a single run, with WEFT_LOG set: `WEFT_SEED=7 WEFT_LOG=1 cargo test --test sim NAME -- --nocapture`.

@@ -2,22 +2,15 @@
 
 use super::*;
 use crate::{
-    config::{DnsConfig, PodNames},
+    config::DnsConfig,
     dns::wire::{Header, Records, encode_name},
-    table::model::{Affinity, Change, Object, ServiceId, ServicePort, SliceId, SlicePort, Source},
+    table::model::{
+        Affinity, Change, NodeInfo, Object, Pod, PodId, ServiceId, ServicePort, SliceId, SlicePort, Source,
+    },
 };
 
 fn zone() -> Zone {
-    let cfg = DnsConfig {
-        enable: true,
-        listen: "169.254.96.16:53".parse().unwrap(),
-        domain: "cluster.local".into(),
-        ttl: 30,
-        pods: PodNames::Insecure,
-        upstream: vec![],
-        cache: 0,
-    };
-    Zone::new(&cfg, 1000).unwrap()
+    Zone::new(&DnsConfig::default(), 0).unwrap()
 }
 
 fn service(name: &str, kind: ServiceKind, vips: &[IpAddr]) -> Change {
@@ -134,6 +127,58 @@ fn every_endpoint_is_first_in_turn_and_large_sets_are_cut_between_records() {
     assert_eq!(firsts.len(), 3);
     let (flags, out) = ask(&mut answerer, &table, &format!("_http._tcp.{name}"), kind::SRV, class::IN, Via::Tcp);
     assert!(flags & flag::TC != 0 && Records::new(&out).unwrap().all(|r| r.is_ok()));
+}
+
+#[test]
+fn the_nearest_endpoints_are_told_first_and_equals_in_turn() {
+    let mut table = table(true);
+    for (name, zone) in [("edge-1", "hall"), ("edge-2", "hall"), ("edge-3", "yard")] {
+        let node = NodeInfo { name: name.into(), addresses: vec![], zone: Some(zone.into()) };
+        table.apply(Change::Apply(Source::Api, Object::Node(node)));
+    }
+    let Change::Apply(source, Object::Slice(mut near)) = slice("near", 6) else { unreachable!() };
+    // .0 is nobody's, .1 says its zone itself
+    let nodes = [None, Some("edge-3"), Some("edge-3"), Some("edge-1"), Some("edge-2"), Some("edge-1")];
+    near.endpoints.iter_mut().zip(nodes).for_each(|(e, node)| e.node = node.map(Into::into));
+    near.endpoints[1].zone = Some("hall".into());
+    table.apply(service("near", ServiceKind::Headless, &[]));
+    table.apply(Change::Apply(source, Object::Slice(near)));
+    let mut zone = zone();
+    zone.here.node = "edge-1".into();
+    let mut answerer = Answerer::new(zone);
+    let mut told = std::collections::BTreeSet::new();
+    for _ in 0..4 {
+        let name = "near.shop.svc.cluster.local";
+        let (_, out) = ask(&mut answerer, &table, name, kind::A, class::IN, Via::Udp);
+        let last: Vec<u8> = Records::new(&out).unwrap().map(|r| out[r.unwrap().data.end - 1]).collect();
+        let mut groups = [last[..2].to_vec(), last[2..4].to_vec(), last[4..].to_vec()];
+        groups.iter_mut().for_each(|g| g.sort_unstable());
+        assert_eq!(groups, [[3, 5], [1, 4], [0, 2]], "{last:?}");
+        told.insert(last);
+    }
+    assert_eq!(told.len(), 2, "in turn");
+}
+
+#[test]
+fn verified_pods_come_and_go() {
+    let mut table = table(true);
+    let mut zone = zone();
+    zone.pods = PodNames::Verified;
+    let mut answerer = Answerer::new(zone);
+    let mut code = |table: &Table, name: &str| {
+        ask(&mut answerer, table, &format!("{name}.pod.cluster.local"), kind::A, class::IN, Via::Udp).0 & flag::RCODE
+    };
+    let pod = |addresses: &[IpAddr]| {
+        let id = PodId { namespace: "idle".into(), name: "p".into() };
+        Change::Apply(Source::Api, Object::Pod(Pod { id, addresses: addresses.into() }))
+    };
+    assert_eq!(code(&table, "10-244-0-1.idle"), rcode::NXDOMAIN);
+    assert!(table.apply(pod(&[[10, 244, 0, 1].into()])));
+    assert_eq!(code(&table, "10-244-0-1.idle"), rcode::NOERROR);
+    assert_eq!(code(&table, "idle"), rcode::NOERROR, "a namespace with nothing but pods");
+    assert_eq!(code(&table, "10-244-0-1.shop"), rcode::NXDOMAIN);
+    assert!(table.apply(pod(&[])), "it has ended");
+    assert_eq!(code(&table, "10-244-0-1.idle"), rcode::NXDOMAIN);
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn a_bad_item_does_not_touch_the_others() {
     let list = r#"{"kind":"List","items":[
         {"kind":"Service","metadata":{"name":"a"},"spec":{"ports":[{"port":0}]}},
         {"kind":"Service","metadata":{"name":"b"},"spec":{"clusterIP":"10.0.0.1"}},
-        {"kind":"Pod","metadata":{"name":"c"}},
+        {"kind":"Secret","metadata":{"name":"c"}},
         {"apiVersion":"serving.knative.dev/v1","kind":"Service","metadata":{"name":"d"}}]}"#;
     let reads = reads(list);
     assert!(
@@ -189,6 +189,7 @@ fn services_for_another_proxy() {
     for (labels, expected) in [
         (r#"{"service.kubernetes.io/service-proxy-name":"x"}"#, true),
         (r#"{"service.kubernetes.io/headless":""}"#, true),
+        (r#"{"service.edgemesh.kubeedge.io/service-proxy-name":""}"#, true),
         (r#"{"app":"x"}"#, false),
         ("null", false),
     ] {
@@ -281,4 +282,27 @@ fn nodes() {
     let [Object::Node(node)] = &objects[..] else { panic!("{objects:?}") };
     assert_eq!((&*node.name, node.zone.as_deref()), ("edge-1", Some("north")));
     assert_eq!(node.addresses, addresses(&["203.0.113.1", "2001:db8::1"]));
+}
+
+#[test]
+fn pods_that_have_ended_have_no_addresses() {
+    let pod = |meta: &str, status: &str| {
+        let read = one(&format!(
+            r#"{{"kind":"Pod","metadata":{{"name":"p","namespace":"shop"{meta}}},"status":{{{status}}}}}"#
+        ));
+        match read {
+            Read::Objects(mut objects, None) if objects.len() == 1 => match objects.remove(0) {
+                Object::Pod(pod) => pod.addresses,
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        }
+    };
+    let ips = r#""podIP":"10.244.0.1","podIPs":[{"ip":"10.244.0.1"},{"ip":"fd00::1"}]"#;
+    let both = addresses(&["10.244.0.1", "fd00::1", "10.244.0.1"]);
+    assert_eq!(pod("", ips), both, "the table keeps each once");
+    assert_eq!(pod("", &format!(r#""phase":"Running",{ips}"#)), both);
+    assert_eq!(pod("", r#""phase":"Pending""#), addresses(&[]));
+    assert_eq!(pod("", &format!(r#""phase":"Succeeded",{ips}"#)), addresses(&[]));
+    assert_eq!(pod(r#","deletionTimestamp":"2026-11-21T00:00:00Z""#, ips), addresses(&[]));
 }

@@ -1,6 +1,6 @@
 //! Bytes -> table and peers. Nothing is used of a file that is not whole and right to its last byte.
 
-use super::{HEADER, MAGIC, Meta, NODE, PEERS_MAX, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum};
+use super::{HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum};
 use crate::{
     table::{Table, model::*},
     tunnel::{Remembered, identity::Certificate},
@@ -186,6 +186,10 @@ impl<'b> Reader<'b> {
             NODE => {
                 let (name, zone) = (self.name()?, self.maybe()?);
                 Object::Node(NodeInfo { name, zone, addresses: self.list(Self::address)? })
+            }
+            POD => {
+                let id = PodId { namespace: self.name()?, name: self.name()? };
+                Object::Pod(Pod { id, addresses: self.list(Self::address)? })
             }
             _ => return None,
         };

@@ -1,12 +1,12 @@
 //! Table and peers -> bytes.
 
 use super::{
-    HEADER, MAGIC, Meta, NODE, PEERS_MAX, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum, source_byte,
+    HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum, source_byte,
 };
 use crate::{
     table::{
         Record, Table,
-        model::{Affinity, Endpoint, NodeInfo, Protocol, Service, ServiceKind, Slice, Source},
+        model::{Affinity, Endpoint, NodeInfo, Pod, Protocol, Service, ServiceKind, Slice, Source},
     },
     tunnel::Remembered,
 };
@@ -79,6 +79,9 @@ impl Encoder {
         }
         for entry in table.nodes.values().flatten() {
             self.object(NODE, entry.source, |out| put_node(out, &entry.value));
+        }
+        for entry in table.pods.entries() {
+            self.object(POD, entry.source, |out| put_pod(out, &entry.value));
         }
         true
     }
@@ -231,4 +234,8 @@ fn put_endpoint(out: &mut Vec<u8>, e: &Endpoint) -> bool {
 
 fn put_node(out: &mut Vec<u8>, n: &NodeInfo) -> bool {
     put_text(out, &n.name) && put_maybe(out, n.zone.as_deref()) && put_addresses(out, &n.addresses)
+}
+
+fn put_pod(out: &mut Vec<u8>, p: &Pod) -> bool {
+    put_text(out, &p.id.namespace) && put_text(out, &p.id.name) && put_addresses(out, &p.addresses)
 }

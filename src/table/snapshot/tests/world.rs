@@ -39,7 +39,7 @@ impl World {
     }
 
     fn object(&mut self) -> Object {
-        match self.0.u8(..5) {
+        match self.0.u8(..6) {
             0 | 1 => Object::Service(Service {
                 id: ServiceId { namespace: self.name(), name: self.name() },
                 kind: match self.0.u8(..3) {
@@ -76,6 +76,10 @@ impl World {
                     serving: w.0.bool(),
                     terminating: w.0.bool(),
                 }),
+            }),
+            4 => Object::Pod(Pod {
+                id: PodId { namespace: self.name(), name: self.name() },
+                addresses: self.list(2, Self::address),
             }),
             _ => {
                 Object::Node(NodeInfo { name: self.name(), addresses: self.list(3, Self::address), zone: self.maybe() })
