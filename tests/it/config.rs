@@ -100,6 +100,10 @@ const MISTAKES: &[(&str, &str)] = &[
         "3:14: kube.token_file: a token is not sent over plain http to another machine; expected https in kube.api",
     ),
     (
+        "kube.namespaces = [\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\",\"q\"]",
+        "1:84: kube.namespaces: more than 16 of them",
+    ),
+    (
         "[kube]\nnamespaces = [\"a\", \"B\"]",
         "2:20: kube.namespaces: \"B\": expected a namespace's name, of 1 to 63 characters a-z, 0-9 and '-'",
     ),

@@ -20,7 +20,7 @@ pub(crate) use rows;
 /// Rows for which there is nothing to do, or that are somebody else's, and why.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("L5", "asks for nothing of a client"),
-    ("T4", "needs an address that goes away: the faults of tests/netns"),
+    ("T4", "needs an address that goes away: tests/netns/kube"),
     ("T10", "needs our own rules: the proxy of tests/netns"),
     ("T11", "proxies are not done"),
     ("J10", "protobuf is not done"),
