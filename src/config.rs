@@ -10,7 +10,10 @@ mod service;
 
 pub use error::ConfigError;
 
-use crate::{kube::access::Server, tunnel::identity::node_name};
+use crate::{
+    kube::access::Server,
+    tunnel::{RelayLimits, identity::node_name},
+};
 use std::{
     fmt,
     fs::File,
@@ -277,6 +280,7 @@ impl FromStr for RelayName {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RelayConfig {
     pub enable: bool,
+    pub limits: RelayLimits,
 }
 
 #[derive(Clone, Debug, PartialEq)]
