@@ -20,12 +20,14 @@ use crate::{
     },
 };
 use futures_lite::future::{or, pending, yield_now};
-use smol::{LocalExecutor, Timer};
+use smol::Timer;
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     net::{IpAddr, SocketAddr},
     pin::Pin,
     rc::Rc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -160,13 +162,18 @@ impl Api {
     /// # Errors
     /// None so far: what fails is tried again.
     pub async fn run(self) -> anyhow::Result<()> {
-        let tasks = LocalExecutor::new();
-        let mut running = Vec::new();
-        for at in 0..self.hub.watchers.len() {
-            running.push(tasks.spawn(Rc::clone(&self.hub).follow(at)));
+        let hub = &self.hub;
+        let mut running: Vec<Pin<Box<dyn Future<Output = ()>>>> =
+            vec![Box::pin(hub.tell()), Box::pin(hub.watch_links())];
+        for at in 0..hub.watchers.len() {
+            running.push(Box::pin(hub.follow(at)));
         }
-        running.push(tasks.spawn(Rc::clone(&self.hub).watch_links()));
-        tasks.run(self.hub.tell()).await
+        // There are few of them, and an executor of their own would cost more than to look at each.
+        poll_fn(|cx| {
+            running.retain_mut(|task| task.as_mut().poll(cx).is_pending());
+            Poll::Pending
+        })
+        .await
     }
 }
 
@@ -206,7 +213,7 @@ enum Woke {
 
 impl Hub {
     /// Rings for the readers, but not for each event.
-    async fn tell(&self) -> anyhow::Result<()> {
+    async fn tell(&self) {
         let mut dirty = self.dirty.listen();
         loop {
             dirty.rung().await;
@@ -215,7 +222,7 @@ impl Hub {
         }
     }
 
-    async fn watch_links(self: Rc<Self>) {
+    async fn watch_links(&self) {
         let Ok(monitor) = Monitor::open().map_err(|e| log::warn!("kube: {e:#}")) else { return };
         while monitor.changed().await.is_ok() {
             self.links.ring();
@@ -247,7 +254,7 @@ impl Hub {
         }
     }
 
-    async fn follow(self: Rc<Self>, at: usize) {
+    async fn follow(&self, at: usize) {
         let mut line: Option<Line> = None;
         let mut links = self.links.listen();
         // The clock when a certificate was not valid, if that is why there is no connection.

@@ -25,6 +25,8 @@ impl TimeProvider for Known {
     }
 }
 
+const UNFIT: &str = "the client's certificate and key cannot be used: do they belong together?";
+
 /// What a connection is made from.
 #[derive(Clone, Copy, Debug)]
 pub struct Material<'m> {
@@ -51,10 +53,10 @@ pub fn connection(material: Material<'_>, name: &str, clock: Clock) -> Result<Cl
     let provider = Arc::new(ring::default_provider());
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .build()
-        .map_err(|e| format!("the CA's file: {e}"))?;
+        .map_err(|_| "the CA's file: cannot be used".to_owned())?;
     let versions = ClientConfig::builder_with_details(provider, Arc::new(Known(clock)))
         .with_protocol_versions(&[&TLS13])
-        .map_err(|e| e.to_string())?
+        .map_err(|e| words(&e))?
         .with_webpki_verifier(verifier);
     let mut config = match material.client {
         None => versions.with_no_client_auth(),
@@ -63,13 +65,13 @@ pub fn connection(material: Material<'_>, name: &str, clock: Clock) -> Result<Cl
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|e| format!("the client's certificate: {e}"))?;
             let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| format!("the client's key: {e}"))?;
-            versions.with_client_auth_cert(chain, key).map_err(|e| format!("the client's certificate: {e}"))?
+            versions.with_client_auth_cert(chain, key).map_err(|_| UNFIT.to_owned())?
         }
     };
     config.alpn_protocols = vec![ALPN.to_vec()];
     // A connection lives for hours; what would resume it costs memory.
     config.resumption = rustls::client::Resumption::disabled();
-    ClientConnection::new(Arc::new(config), name).map_err(|e| e.to_string())
+    ClientConnection::new(Arc::new(config), name).map_err(|e| words(&e))
 }
 
 /// Whether a clock that is put right would mend it.
@@ -102,9 +104,17 @@ pub fn words(error: &Error) -> String {
         Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => {
             "the server's certificate is not for this address: use one that is in it".into()
         }
-        Error::AlertReceived(alert) => format!("the server refuses TLS: {alert:?}; is the client's certificate right?"),
+        // The names of all alerts and errors would cost some kilobytes.
+        Error::AlertReceived(alert) => {
+            let code = u8::from(*alert);
+            format!("the server refuses TLS (alert {code} of RFC 8446); is the client's certificate right?")
+        }
         Error::InvalidMessage(_) => "it does not speak TLS: is it http:// there, or another server?".into(),
         Error::PeerIncompatible(_) => "it does not speak TLS 1.3".into(),
-        other => format!("TLS: {other}"),
+        Error::InvalidCertificate(_) => "the server's certificate cannot be used".into(),
+        Error::DecryptError | Error::PeerMisbehaved(_) | Error::InappropriateMessage { .. } => {
+            "what comes is not what a TLS server says".into()
+        }
+        _ => "TLS fails".into(),
     }
 }
