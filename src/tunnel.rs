@@ -48,6 +48,7 @@ pub use recall::Remembered;
 pub use relay::{Rate, RelayLimits, RelayLoad};
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
+pub use view::Sizes;
 
 use crate::{
     clock::Clock,

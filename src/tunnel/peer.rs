@@ -193,6 +193,11 @@ impl Peers {
         self.get_mut(name)
     }
 
+    /// How many flows and disco keys are known.
+    pub(super) fn index_sizes(&self) -> (usize, usize) {
+        (self.by_flow.len(), self.by_disco.len())
+    }
+
     /// The peer whose disco keys have this id.
     pub(super) fn of_disco(&self, id: u64) -> Option<&str> {
         self.by_disco.get(&id).map(String::as_str)

@@ -32,6 +32,8 @@ const ROUND_GAPS: [Duration; 5] = [
     Duration::from_secs(300),
     Duration::from_secs(900),
 ];
+/// While bytes flow a NAT or a link may open again at any moment, and nobody says so: at most so long between rounds.
+const ROUND_GAP_BUSY: Duration = Duration::from_secs(45);
 /// A path that carried bytes in this time is pinged each [`PING_BUSY`], so that a node that only receives
 /// learns of a rebinding too.
 const BUSY: Duration = Duration::from_secs(10);
@@ -110,6 +112,11 @@ impl Paths {
     /// How many addresses of the peer were tried.
     pub(super) fn tried(&self) -> usize {
         self.candidates.len()
+    }
+
+    /// PINGs without a PONG that are remembered.
+    pub(super) fn unanswered(&self) -> usize {
+        self.probes.len()
     }
 
     /// A cached address, of the snapshot or of a beacon.
@@ -207,6 +214,13 @@ impl Paths {
         self.start_round(now);
     }
 
+    /// Bytes of QUIC's went either way.
+    fn use_now(&mut self, now: Instant) {
+        self.used = Some(now);
+        let soon = now + ROUND_GAP_BUSY;
+        self.next_round = self.next_round.map(|at| at.min(soon));
+    }
+
     /// What was called last does not hold any more.
     pub(super) fn tell_again(&mut self) {
         self.called = None;
@@ -281,7 +295,7 @@ impl Paths {
 
     /// Bytes of QUIC's were sent to the peer.
     pub(super) fn sent(&mut self, now: Instant) {
-        self.used = Some(now);
+        self.use_now(now);
         if matches!(self.current, Some(Path::Direct(_))) && self.silent_since.is_none() {
             self.silent_since = Some(now);
             let nudge = now + NUDGE;
@@ -291,7 +305,7 @@ impl Paths {
 
     /// Bytes of QUIC's came from the peer, by whatever path.
     pub(super) fn received(&mut self, now: Instant) {
-        self.used = Some(now);
+        self.use_now(now);
         if self.next_ping.is_none() {
             self.next_ping = Some(now + PING_BUSY);
         }
@@ -390,6 +404,9 @@ impl Paths {
         if self.next_ping.is_some() {
             self.silent_since.get_or_insert(now);
             self.ping(now, to, rng, out);
+        } else if self.relay.is_some() {
+            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay.
+            self.current = self.relay;
         }
     }
 }
@@ -473,8 +490,21 @@ mod tests {
             let calls = m.run(SEC).into_iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
             rounds.extend(calls.map(|_| second));
         }
-        // 1.5 s for a round, then the gap: 6.5, 23, 84.5, 386 s, seen in steps of a second.
-        assert_eq!(rounds, [6, 22, 84, 385]);
+        // 1.5 s for a round, then the gap: 5, 15, and from then on 45 s, seen in steps of a second.
+        assert_eq!(rounds[..5], [6, 22, 69, 116, 163]);
+        assert_eq!(rounds.len(), 14);
+    }
+
+    #[test]
+    fn failed_rounds_of_a_peer_that_says_little_come_seldom() {
+        let mut m = Machine::new();
+        m.paths.received(m.now);
+        m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
+        let calls = |d: Vec<(Duration, Do)>| d.iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { .. })).count();
+        assert_eq!(calls(m.run(90 * SEC)), 3, "after 5, 15 and 60 s");
+        assert_eq!(calls(m.run(200 * SEC)), 0);
+        m.paths.sent(m.now);
+        assert_eq!(calls(m.run(46 * SEC)), 1, "bytes flow again");
     }
 
     #[test]

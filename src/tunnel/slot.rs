@@ -19,12 +19,8 @@ pub(super) const LIVE_MAX: usize = 256;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
-/// After which a connection is prodded; probes wait as long by then.
+/// Of a connection without a sign of life for so long, probes come as seldom.
 const SILENCE: Duration = Duration::from_secs(2);
-/// Timers of quinn's that may come before the one of its next probe: of pacing, of a delayed ACK, ….
-const PRODS: usize = 4;
-/// Those come so soon; RFC 9000 section 18.2: an ACK is delayed by 25 ms at most.
-const SOON: Duration = Duration::from_millis(50);
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -66,6 +62,8 @@ pub(super) struct Slot {
     pub(super) born: Instant,
     /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
     pub(super) alive: Instant,
+    /// Nothing has come since, though something was to be acknowledged.
+    pub(super) cut_off: bool,
     /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
     pub(super) stranded: bool,
     /// When the last stream ended.
@@ -100,6 +98,7 @@ impl Slot {
             peer: None,
             born: now,
             alive: now,
+            cut_off: false,
             stranded: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
@@ -124,6 +123,9 @@ impl Slot {
 
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.stranded || now >= self.alive + IDLE {
+            // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
+            let late = now >= self.alive + SILENCE;
+            self.cut_off |= late && self.conn.poll_timeout().is_some_and(|at| at <= now);
             self.conn.handle_timeout(now);
         }
     }
@@ -131,7 +133,6 @@ impl Slot {
     /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
     pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
         let due = now >= self.alive + PULSE;
-        let silent = now >= self.alive + SILENCE;
         let opened = |conn: &Connection| {
             let frames = conn.stats().frame_rx;
             frames.acks + frames.stream + frames.ping
@@ -146,8 +147,8 @@ impl Slot {
         }
         if before.is_some_and(|before| opened(&self.conn) > before) {
             self.alive = now;
-            if silent && !self.lost {
-                self.probe(now); // a full window holds back quinn's ACKs too
+            if std::mem::take(&mut self.cut_off) && !self.lost {
+                self.revive(now);
             }
         }
     }
@@ -161,26 +162,25 @@ impl Slot {
         self.prod(now);
     }
 
-    /// On a path that has come to life after a silence the connection tries at once. By itself quinn would wait: what
-    /// was sent into the void fills its window, and each probe waits twice as long as the one before.
+    /// On another path: says to the other end where we are.
     pub(super) fn prod(&mut self, now: Instant) {
+        if self.cut_off && !self.lost {
+            self.revive(now);
+        }
         self.conn.ping();
         if std::mem::take(&mut self.stranded) {
             self.conn.handle_timeout(now); // its timers stood still: a probe is due
-        } else if now >= self.alive + SILENCE && !self.lost {
-            self.probe(now);
         }
     }
 
-    /// Its next probe, ahead of time; but never the end of an idle connection, and of one that is closing neither.
-    fn probe(&mut self, now: Instant) {
-        for _ in 0..PRODS {
-            let Some(at) = self.conn.poll_timeout().filter(|at| *at < self.alive + IDLE) else { return };
-            self.conn.handle_timeout(at);
-            if at > now + SOON {
-                return;
-            }
-        }
+    /// After an outage the connection tries at once. By itself quinn would wait: what was sent into the void fills its
+    /// window, which keeps back ACKs too, and each probe waits twice as long as the one before.
+    fn revive(&mut self, now: Instant) {
+        // The next probe ahead of time, but never the end of an idle connection: that is one idle time behind a sign
+        // of life.
+        self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
+        self.windows.path_changed();
+        self.conn.path_changed(now);
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

@@ -74,6 +74,10 @@ impl Streams {
         Some(key)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.list.len() - self.free.len()
+    }
+
     fn get_mut(&mut self, key: u32) -> Option<&mut Stream> {
         self.list.get_mut(key as usize)?.as_mut()
     }
@@ -396,12 +400,14 @@ impl Node {
     pub(super) fn kill_streams(&mut self, keys: impl IntoIterator<Item = u32>, why: &str) {
         for key in keys {
             let Some(stream) = self.streams.get_mut(key) else { continue };
-            if matches!(stream.state, State::Waiting) {
-                stream.state = State::Dead { why: why.into() };
-                self.streams.waiting -= 1;
-            } else {
-                stream.state = State::Dead { why: why.into() };
+            // Of a peer's stream whose OPEN is not whole nobody knows who could drop it.
+            if matches!(stream.state, State::Reading { .. }) {
+                self.streams.remove(key);
+                continue;
             }
+            let waited = matches!(stream.state, State::Waiting);
+            stream.state = State::Dead { why: why.into() };
+            self.streams.waiting -= usize::from(waited);
             self.events.push_back(Event::Wake(key));
         }
     }

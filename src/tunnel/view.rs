@@ -9,7 +9,53 @@ use std::{
     time::Instant,
 };
 
+/// How much a node holds: what must not grow with its age.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Connections, those that are being closed too, and quinn's handles of them.
+    pub slots: usize,
+    pub handles: usize,
+    pub streams: usize,
+    pub peers: usize,
+    /// Searches for a flow.
+    pub wants: usize,
+    pub flows: usize,
+    pub disco_ids: usize,
+    pub candidates: usize,
+    /// PINGs without a PONG.
+    pub probes: usize,
+    pub outbox_bytes: usize,
+    /// Datagrams that would go again by the relay.
+    pub shadow_bytes: usize,
+    pub remembered: usize,
+    /// Of a relay: who is registered, and which pairs have a flow.
+    pub relay_nodes: usize,
+    pub relay_flows: usize,
+}
+
 impl Node {
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        let (flows, disco_ids) = self.peers.index_sizes();
+        let relay = self.relay_load().unwrap_or_default();
+        Sizes {
+            slots: self.slots.iter().count(),
+            handles: self.by_handle.len(),
+            streams: self.streams.len(),
+            peers: self.peers.iter().count(),
+            wants: self.peers.iter().filter(|p| p.want.is_some()).count(),
+            flows,
+            disco_ids,
+            candidates: self.peers.iter().map(|p| p.paths.tried()).sum(),
+            probes: self.peers.iter().map(|p| p.paths.unanswered()).sum(),
+            outbox_bytes: self.outbox.len(),
+            shadow_bytes: self.slots.iter().flat_map(|(_, s)| &s.recent).map(Vec::len).sum(),
+            remembered: self.peers.of_before.len(),
+            relay_nodes: relay.nodes,
+            relay_flows: relay.flows,
+        }
+    }
+
     pub(super) fn describe(&self, path: Path) -> String {
         match path {
             Path::Direct(way) => way.to_string(),

@@ -66,17 +66,23 @@ impl Kind {
     /// The oracle: can two nodes that know each other's mapping towards a relay, that answer the source
     /// that they observe and foretell the ports of a NAT that gives them in sequence, get a path without the relay?
     pub fn direct_possible(self, other: Self) -> bool {
+        self.passes(other) || self.foretold(other) || other.foretold(self)
+    }
+
+    /// The same without foretelling.
+    pub fn passes(self, other: Self) -> bool {
         let passes = |from: Self, to: Self| {
             let stable = from.behaviour().is_none_or(|(m, _)| m == Mapping::Independent);
             let open = to.behaviour().is_none_or(|(_, f)| f != Filter::PortDependent);
             stable || open
         };
-        // A port that comes next is written to before it is used: that opens the other filter.
-        let foretold = |sure: Self, next: Self| {
-            let stable = sure.behaviour().is_none_or(|(m, _)| m == Mapping::Independent);
-            stable && next.behaviour().is_some_and(|(m, _)| m == Mapping::Sequential)
-        };
-        passes(self, other) && passes(other, self) || foretold(self, other) || foretold(other, self)
+        passes(self, other) && passes(other, self)
+    }
+
+    /// A port that comes next is written to before it is used: that opens the other filter.
+    fn foretold(self, next: Self) -> bool {
+        let stable = self.behaviour().is_none_or(|(m, _)| m == Mapping::Independent);
+        stable && next.behaviour().is_some_and(|(m, _)| m == Mapping::Sequential)
     }
 }
 

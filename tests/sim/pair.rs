@@ -12,9 +12,12 @@ use weft::tunnel::{
 
 pub const RELAY: &str = "11.0.0.1:7843";
 pub const SEC: Duration = Duration::from_secs(1);
+pub fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
 /// More with WEFT_SEEDS; one alone with WEFT_SEED.
 pub fn seeds(few: u64) -> std::ops::Range<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
     crate::log_to_stderr();
     match number("WEFT_SEED") {
         Some(seed) => seed..seed + 1,
@@ -40,7 +43,7 @@ pub fn spec(certificate: &Certificate) -> Vec<RelaySpec> {
 impl Pair {
     /// Hosts 0: relay, 1: a, 2: b, 3: a second relay, by which a NAT's mapping is told.
     pub fn new(seed: u64, a_kind: Kind, b_kind: Kind) -> Self {
-        let cluster = Cluster::new();
+        let cluster = Cluster::seeded(seed);
         let relay = cluster.identity("relay-1", Roles::RELAY, LATER);
         let second = cluster.identity("relay-2", Roles::RELAY, LATER);
         let (a, b) = (cluster.identity("a", Roles::NONE, LATER), cluster.identity("b", Roles::NONE, LATER));

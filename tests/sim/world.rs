@@ -5,6 +5,7 @@ use crate::{
     nat::{Kind, Nat},
 };
 use std::{
+    cell::RefCell,
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
     net::{IpAddr, SocketAddr},
@@ -18,7 +19,7 @@ use weft::{
     table::model::{Protocol, ServiceId},
     tunnel::{
         Key, Link, Open, Progress, Refusal, RelaySpec, Way,
-        identity::{Authority, Certificate, KeyPair, Request, Roles},
+        identity::{Authority, Certificate, KeyPair, Request, Roles, Secret},
         node::{Event, Node, NodeConfig, Output},
         noise::Local,
     },
@@ -31,16 +32,29 @@ pub const NOW: u64 = 1_795_000_000;
 pub struct Cluster {
     pub authority: Authority,
     pub psks: Vec<(u8, [u8; 32])>,
+    rng: RefCell<fastrand::Rng>,
+}
+
+fn secret(rng: &mut fastrand::Rng) -> Secret<[u8; 32]> {
+    let mut bytes = [0; 32];
+    rng.fill(&mut bytes);
+    Secret::new(bytes)
 }
 
 impl Cluster {
+    /// Like no other.
     pub fn new() -> Self {
-        let authority = Authority::generate(&ring::rand::SystemRandom::new()).unwrap();
-        Self { authority, psks: vec![(1, [9; 32])] }
+        Self::seeded(fastrand::u64(..))
+    }
+
+    pub fn seeded(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let authority = Authority::from_seed(secret(&mut rng)).unwrap();
+        Self { authority, psks: vec![(1, [9; 32])], rng: RefCell::new(rng) }
     }
 
     pub fn identity(&self, name: &str, roles: Roles, not_after: u64) -> (KeyPair, Certificate) {
-        let pair = KeyPair::generate(&ring::rand::SystemRandom::new()).unwrap();
+        let pair = KeyPair::from_private(secret(&mut self.rng.borrow_mut())).unwrap();
         let request = Request { name: name.into(), key: pair.public, roles, network: String::new(), not_after };
         let certificate = self.authority.issue(request).unwrap();
         (pair, certificate)
@@ -52,10 +66,13 @@ pub struct Host {
     pub address: SocketAddr,
     pub count: Rc<TunnelCounters>,
     pub incoming: VecDeque<(u32, String, Open)>,
-    pub woken: u64,
+    /// Streams to look at.
+    pub woken: BTreeSet<u32>,
     pub wait: Option<Instant>,
     /// Datagrams to and from it vanish.
     pub cut: bool,
+    /// It stands still: what comes is lost, no timer fires.
+    pub frozen: bool,
     /// The NATs that it is behind, the inner one first.
     pub nats: Vec<usize>,
 }
@@ -71,11 +88,18 @@ type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
 
 pub struct World {
     pub now: Instant,
+    born: Instant,
+    /// Only hosts that were touched are asked what they want to send.
+    pub lazy: bool,
+    touched: u64,
     pub hosts: Vec<Host>,
     pub rng: fastrand::Rng,
     pub delay: Duration,
+    /// Of the delay, either way; what overtakes comes out of order.
+    pub jitter: f64,
     pub loss: f64,
     pub duplicate: f64,
+    pub congestion: Congestion,
     pub nats: Vec<Nat>,
     /// What the way between two public addresses takes on top of `delay`.
     pub far: Vec<(IpAddr, IpAddr, Duration)>,
@@ -104,13 +128,19 @@ pub struct End {
 
 impl World {
     pub fn new(seed: u64) -> Self {
+        let now = Instant::now();
         Self {
-            now: Instant::now(),
+            now,
+            born: now,
+            lazy: false,
+            touched: 0,
             hosts: Vec::new(),
             rng: fastrand::Rng::with_seed(seed),
             delay: Duration::from_millis(10),
+            jitter: 0.1,
             loss: 0.0,
             duplicate: 0.0,
+            congestion: Congestion::Auto,
             nats: Vec::new(),
             far: Vec::new(),
             uplinks: Vec::new(),
@@ -150,7 +180,7 @@ impl World {
             name: certificate.name.clone(),
             relays,
             profile: Profile::Router,
-            congestion: Congestion::Auto,
+            congestion: self.congestion,
             relay_limits: Default::default(),
             lan: true,
             gso: 10,
@@ -175,9 +205,10 @@ impl World {
             address,
             count,
             incoming: VecDeque::new(),
-            woken: 0,
+            woken: BTreeSet::new(),
             wait,
             cut: false,
+            frozen: false,
             nats: Vec::new(),
         });
         self.hosts.len() - 1
@@ -241,7 +272,8 @@ impl World {
         if self.down.contains(&source.ip()) {
             return None;
         }
-        let private = |a: SocketAddr| a.to_string().starts_with("192.168.") || a.to_string().starts_with("100.64.");
+        let private =
+            |a: SocketAddr| matches!(a.ip(), IpAddr::V4(ip) if matches!(ip.octets(), [192, 168, ..] | [100, 64, ..]));
         for nat in chain {
             if self.nats[nat].public == to.ip() && !self.nats[nat].hairpin {
                 return None;
@@ -296,7 +328,7 @@ impl World {
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
         for _ in 0..copies {
             self.serial += 1;
-            let at = self.now + delay.mul_f64(0.9 + self.rng.f64() * 0.2);
+            let at = self.now + delay.mul_f64(1.0 + (self.rng.f64() * 2.0 - 1.0) * self.jitter);
             self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
         }
     }
@@ -304,6 +336,7 @@ impl World {
     /// Takes all that a host has to say.
     pub fn drain(&mut self, at: usize) {
         let mut buf = Vec::new();
+        crate::turn(Some(at), self.now - self.born);
         loop {
             let host = &mut self.hosts[at];
             match host.node.poll_output(self.now, &mut buf) {
@@ -322,7 +355,7 @@ impl World {
                     let to: Vec<SocketAddr> = self.hosts.iter().filter(near).map(|h| h.address).collect();
                     to.into_iter().for_each(|to| self.inject(from, to, buf.clone()));
                 }
-                Output::Event(Event::Wake(_)) => host.woken += 1,
+                Output::Event(Event::Wake(key)) => host.woken.extend([key]),
                 Output::Event(Event::Incoming { key, peer, open }) => host.incoming.push_back((key, peer, open)),
                 Output::Event(Event::Resolve { .. }) => {}
                 Output::Wait(at_time) => {
@@ -345,10 +378,30 @@ impl World {
             })
     }
 
+    /// Lets go of what only the world itself holds.
+    pub fn tidy(&mut self) {
+        self.sent.clear();
+        self.recorded = Vec::new();
+        self.flying.shrink_to_fit();
+        for host in &mut self.hosts {
+            host.woken.clear();
+        }
+    }
+
+    /// This host's node was asked for something.
+    pub fn touch(&mut self, host: usize) {
+        self.touched |= 1 << host;
+    }
+
     /// The next datagram or timer; false where nothing is left before `until`.
     fn step(&mut self, until: Instant) -> bool {
-        (0..self.hosts.len()).for_each(|at| self.drain(at));
-        let timer = self.hosts.iter().filter_map(|h| h.wait).min();
+        for at in 0..self.hosts.len() {
+            if !self.hosts[at].frozen && (!self.lazy || self.touched & 1 << at != 0) {
+                self.drain(at);
+            }
+        }
+        self.touched = 0;
+        let timer = self.hosts.iter().filter(|h| !h.frozen).filter_map(|h| h.wait).min();
         let flight = self.flying.peek().map(|Reverse((at, ..))| *at);
         let Some(next) = timer.into_iter().chain(flight).min().filter(|at| *at <= until) else {
             self.now = until;
@@ -358,17 +411,28 @@ impl World {
         if flight == Some(next) {
             let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
             let sender = self.owner(from);
-            if let Some((at, local)) = self.arrive(from, to).filter(|(at, _)| !self.hosts[*at].cut) {
+            let stands = |h: &Host| h.cut || h.frozen;
+            if let Some((at, local)) = self.arrive(from, to).filter(|(at, _)| !stands(&self.hosts[*at])) {
                 let pair = sender.map(|s| (s.min(at), s.max(at)));
                 let len = bytes.len();
                 if pair.is_none_or(|p| !self.blocked.contains(&p)) {
+                    crate::turn(Some(at), self.now - self.born);
+                    log::trace!("{from} → {to}: {len} bytes, {:02x}", bytes[0]);
                     let way = Way { remote: from, local: Some(local) };
                     self.hosts[at].node.handle_datagrams(self.now, way, &mut bytes, len);
+                    self.touch(at);
                 }
             }
         } else {
             let now = self.now;
-            self.hosts.iter_mut().filter(|h| h.wait.is_some_and(|w| w <= now)).for_each(|h| h.node.handle_tick(now));
+            for at in 0..self.hosts.len() {
+                let host = &mut self.hosts[at];
+                if !host.frozen && host.wait.is_some_and(|w| w <= now) {
+                    crate::turn(Some(at), now - self.born);
+                    host.node.handle_tick(now);
+                    self.touch(at);
+                }
+            }
         }
         true
     }
@@ -380,7 +444,9 @@ impl World {
             if done(self) {
                 return true;
             }
-            if !self.step(until) {
+            let more = self.step(until);
+            crate::turn(None, self.now - self.born);
+            if !more {
                 return done(self);
             }
         }
