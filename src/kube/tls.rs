@@ -4,7 +4,6 @@
 use crate::clock::Clock;
 use rustls::{
     CertificateError, ClientConfig, ClientConnection, Error, RootCertStore,
-    client::WebPkiServerVerifier,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
     time_provider::TimeProvider,
@@ -51,13 +50,10 @@ pub fn connection(material: Material<'_>, name: &str, clock: Clock) -> Result<Cl
         return Err("the CA's file holds no certificate that can be used".into());
     }
     let provider = Arc::new(ring::default_provider());
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .build()
-        .map_err(|_| "the CA's file: cannot be used".to_owned())?;
     let versions = ClientConfig::builder_with_details(provider, Arc::new(Known(clock)))
         .with_protocol_versions(&[&TLS13])
         .map_err(|e| words(&e))?
-        .with_webpki_verifier(verifier);
+        .with_root_certificates(roots);
     let mut config = match material.client {
         None => versions.with_no_client_auth(),
         Some((certificate, key)) => {
