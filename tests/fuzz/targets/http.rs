@@ -45,7 +45,11 @@ fn follow(text: &[u8], step: usize, metaserver: bool) -> String {
         };
         watcher.handle_input(now, input, &mut table);
     }
-    format!("{:?} {:?}", table.services().collect::<Vec<_>>(), table.ids(weft::table::model::Source::Api, &resource.scope(None)))
+    format!(
+        "{:?} {:?}",
+        table.services().collect::<Vec<_>>(),
+        table.ids(weft::table::model::Source::Api, &resource.scope(None))
+    )
 }
 
 fuzz_target!(|input: &[u8]| {
