@@ -9,7 +9,8 @@ use crate::{
     table::{
         Table,
         balance::Nearness,
-        model::{Endpoint, Protocol, Service, ServiceKind, Slice},
+        model::{Protocol, Service, ServiceKind},
+        packed::{EndpointRef, StoredSlice},
     },
 };
 use std::net::IpAddr;
@@ -327,7 +328,7 @@ impl<'t> Writer<'_, 't> {
     /// where there are none.
     fn endpoint_addresses(&mut self, service: &Service, name: Option<&str>) -> Step<'t> {
         let mut addresses = std::mem::take(self.addresses);
-        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(e, n)));
+        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(*e, n)));
         addresses.extend(named.map(|e| (self.table.nearness(&self.zone.here, e), e.address)));
         addresses.sort_unstable_by_key(|(near, address)| (*address, *near));
         addresses.dedup_by_key(|(_, address)| *address);
@@ -345,12 +346,12 @@ impl<'t> Writer<'_, 't> {
         step
     }
 
-    fn ready(&self, service: &Service) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
+    fn ready(&self, service: &Service) -> impl Iterator<Item = (&'t StoredSlice, EndpointRef<'t>)> + use<'t> {
         self.table.endpoints(&service.id).filter(|(_, e)| e.ready)
     }
 
-    fn called(&self, endpoint: &Endpoint, name: &str) -> bool {
-        endpoint_label(endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
+    fn called(&self, endpoint: EndpointRef<'_>, name: &str) -> bool {
+        endpoint_label(&endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
     }
 
     fn service(&mut self, service: &'t Service) -> Step<'t> {
@@ -409,7 +410,7 @@ impl<'t> Writer<'_, 't> {
     /// One SRV for each pair of endpoint name and port, then the addresses.
     fn headless_srv(&mut self, service: &'t Service, matches: impl Fn(&str, Protocol) -> bool) {
         let pod_names = self.zone.pod_names;
-        let mut targets: Vec<(u16, &'t Endpoint, [u8; 48])> = Vec::new();
+        let mut targets: Vec<(u16, EndpointRef<'t>, [u8; 48])> = Vec::new();
         for (slice, endpoint) in self.ready(service) {
             for port in slice.ports.iter().filter(|p| matches(&p.name, p.protocol)) {
                 targets.push((port.number, endpoint, [0; 48]));
@@ -459,9 +460,9 @@ impl<'t> Writer<'_, 't> {
             self.record(Section::Answer, kind::PTR, |out| service_name(out, service, None, zone));
             return Step::Done;
         }
-        let told = |(s, e): &(&Service, &Endpoint)| e.ready && zone.shows(&s.id.namespace);
+        let told = |(s, e): &(&Service, EndpointRef<'_>)| e.ready && zone.shows(&s.id.namespace);
         let all = || self.table.by_endpoint(address).filter(told).take(NAMES_MAX);
-        let names: Vec<(&Service, &Endpoint)> = all()
+        let names: Vec<(&Service, EndpointRef<'_>)> = all()
             .enumerate()
             .filter(|(i, (s, e))| !all().take(*i).any(|(t, f)| s.id == t.id && e.hostname == f.hostname))
             .map(|(_, told)| told)
@@ -472,7 +473,7 @@ impl<'t> Writer<'_, 't> {
                 break;
             }
             let mut room = [0; 48];
-            let name = endpoint_label(endpoint, zone.pod_names, &mut room);
+            let name = endpoint_label(&endpoint, zone.pod_names, &mut room);
             self.record(Section::Answer, kind::PTR, |out| service_name(out, service, Some(name), zone));
         }
         match (some, self.kind) {

@@ -144,7 +144,12 @@ fn identify(kind: Kind, meta: &types::Meta, names: Intern<'_>) -> Result<Identit
         }
     };
     check_name("metadata.name", name, kind == Kind::Service)?;
-    Ok(Identity { kind, namespace: names(namespace), name: names(name) })
+    let name = match kind {
+        Kind::Service | Kind::Endpoints | Kind::Node => names(name),
+        // Nothing else has these names.
+        Kind::EndpointSlice | Kind::Pod => name.into(),
+    };
+    Ok(Identity { kind, namespace: names(namespace), name })
 }
 
 impl Identity {

@@ -87,10 +87,14 @@ impl Store {
         let doubtful = match verdict {
             Verdict::Cloud => false,
             Verdict::Again => true,
-            Verdict::Perhaps => !table.ids(Source::Api, &scope).iter().all(named),
+            Verdict::Perhaps => {
+                let mut all_named = true;
+                table.each(Source::Api, &scope, &mut |id| all_named &= named(&id));
+                !all_named
+            }
         };
         let ended = if doubtful { Ended::Doubtful } else { Ended::Complete };
-        self.objects = table.ids(Source::Api, &scope).len();
+        self.objects = table.count(Source::Api, &scope);
         (ended, std::mem::take(&mut self.troubles).summary())
     }
 

@@ -479,7 +479,7 @@ impl Watcher {
         }
         (self.suspicious, self.cuts) = (false, 0);
         if !std::mem::replace(&mut self.listed, true) {
-            log::info!("{}: {} objects", self.what(), table.ids(Source::Api, &self.store.scope()).len());
+            log::info!("{}: {} objects", self.what(), table.count(Source::Api, &self.store.scope()));
         }
         self.well();
     }

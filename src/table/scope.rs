@@ -15,39 +15,41 @@ pub enum Scope {
 }
 
 impl Table {
-    /// What a source has in a scope, seen or shadowed.
-    #[must_use]
-    pub fn ids(&self, source: Source, scope: &Scope) -> Vec<ObjectId> {
+    /// Goes through what a source has in a scope, seen or shadowed.
+    pub fn each(&self, source: Source, scope: &Scope, then: &mut dyn FnMut(ObjectId)) {
         fn of<'e, T>(entries: &'e [Entry<T>], source: Source) -> impl Iterator<Item = &'e T> + use<'e, T> {
             entries.iter().filter(move |e| e.source == source).map(|e| &e.value)
         }
-        let records = |within: &Option<Name>| {
-            let slots = match within {
-                Some(name) => self.namespaces.get(name).into_iter().collect::<Vec<_>>(),
-                None => self.namespaces.values().collect(),
-            };
-            slots.into_iter().flat_map(|n| n.slots.values()).map(|slot| &self.records[*slot as usize])
-        };
+        let is_within = |within: &Option<Name>, namespace: &Name| within.as_ref().is_none_or(|w| w == namespace);
         match scope {
-            Scope::Services(within) => records(within)
-                .flat_map(|r| of(&r.services, source))
-                .map(|service| ObjectId::Service(service.id.clone()))
-                .collect(),
-            Scope::Slices(within) => records(within)
-                .flat_map(|r| of(&r.slices, source))
-                .map(|slice| ObjectId::Slice(slice.id.clone()))
-                .collect(),
-            Scope::Pods(within) => self
-                .pods
-                .versions()
-                .flat_map(|p| of(p, source))
-                .filter(|pod| within.as_ref().is_none_or(|w| *w == pod.id.namespace))
-                .map(|pod| ObjectId::Pod(pod.id.clone()))
-                .collect(),
+            Scope::Services(within) => {
+                for record in self.records.iter().filter(|r| is_within(within, &r.id.namespace)) {
+                    of(&record.services, source).for_each(|_| then(ObjectId::Service(record.id.clone())));
+                }
+            }
+            Scope::Slices(within) => {
+                for record in self.records.iter().filter(|r| is_within(within, &r.id.namespace)) {
+                    of(&record.slices, source).for_each(|slice| then(ObjectId::Slice(record.slice_id(slice))));
+                }
+            }
+            Scope::Pods(within) => {
+                let pods = self.pods.versions().flat_map(|p| of(p, source));
+                let within = pods.filter(|pod| is_within(within, &pod.id.namespace));
+                within.for_each(|pod| then(ObjectId::Pod(pod.id.clone())));
+            }
             Scope::Nodes => {
-                self.nodes.values().flat_map(|n| of(n, source)).map(|n| ObjectId::Node(n.name.clone())).collect()
+                let nodes = self.nodes.values().flat_map(|n| of(n, source));
+                nodes.for_each(|node| then(ObjectId::Node(node.name.clone())));
             }
         }
+    }
+
+    /// How many those are.
+    #[must_use]
+    pub fn count(&self, source: Source, scope: &Scope) -> usize {
+        let mut count = 0;
+        self.each(source, scope, &mut |_| count += 1);
+        count
     }
 
     /// Addresses of endpoints in all Services; one that stands twice with one Service counts once.
@@ -58,12 +60,17 @@ impl Table {
 
     /// Ends a list that was complete for a scope: what `named` does not know goes. How many went.
     pub fn sweep(&mut self, source: Source, scope: &Scope, named: impl Fn(&ObjectId) -> bool) -> usize {
-        let gone: Vec<ObjectId> = self.ids(source, scope).into_iter().filter(|id| !named(id)).collect();
+        let mut gone = Vec::new();
+        self.each(source, scope, &mut |id| {
+            if !named(&id) {
+                gone.push(id);
+            }
+        });
         let count = gone.len();
         for id in gone {
             self.apply(Change::Delete(source, id));
         }
-        self.names.clean();
+        self.clean();
         count
     }
 }
@@ -78,9 +85,9 @@ mod tests {
         Object::Service(Service {
             id,
             kind: ServiceKind::Headless,
-            vips: Vec::new(),
-            external_ips: Vec::new(),
-            ports: Vec::new(),
+            vips: Vec::new().into(),
+            external_ips: [].into(),
+            ports: [].into(),
             affinity: crate::table::model::Affinity::None,
             local_only: false,
             not_proxied: false,
@@ -93,7 +100,7 @@ mod tests {
         let slice = Slice {
             id: SliceId { namespace: "a".into(), name: "x-1".into() },
             service: "x".into(),
-            ports: Vec::new(),
+            ports: [].into(),
             endpoints: Vec::new(),
         };
         let node = NodeInfo { name: "n".into(), addresses: Vec::new(), zone: None };
@@ -105,7 +112,11 @@ mod tests {
         table.apply(Change::Apply(Source::Manifests, service("a", "y")));
         let kept = service("a", "x").id();
         assert_eq!(table.sweep(Source::Api, &Scope::Services(Some("a".into())), |id| *id == kept), 1);
-        assert_eq!(table.ids(Source::Api, &Scope::Services(None)), [kept, service("b", "x").id()]);
+        let mut left = Vec::new();
+        table.each(Source::Api, &Scope::Services(None), &mut |id| left.push(id));
+        left.sort_unstable();
+        assert_eq!(left, [kept, service("b", "x").id()]);
+        assert_eq!(table.count(Source::Api, &Scope::Services(Some("a".into()))), 1);
         assert!(table.service("a", "y").is_some(), "another source has it still");
         assert_eq!(table.sweep(Source::Api, &Scope::Slices(None), |_| false), 1);
         assert_eq!(table.sweep(Source::Api, &Scope::Nodes, |_| false), 1);

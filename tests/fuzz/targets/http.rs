@@ -48,7 +48,9 @@ fn follow(text: &[u8], step: usize, metaserver: bool) -> String {
     format!(
         "{:?} {:?}",
         table.services().collect::<Vec<_>>(),
-        table.ids(weft::table::model::Source::Api, &resource.scope(None))
+        let mut ids = Vec::new();
+        table.each(weft::table::model::Source::Api, &resource.scope(None), &mut |id| ids.push(id));
+        ids
     )
 }
 

@@ -123,14 +123,24 @@ class ApiServer:
 
     # ---- requests
 
+    def server_side(self):
+        """For a server that is taken for this one."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(f"{self.folder}/server.crt", f"{self.folder}/server.key")
+        return tls
+
+    def connection(self):
+        connection = http.client.HTTPConnection(self.node.address, PORT)
+        plain = self.node.tcp(self.node.address, PORT, timeout=None)
+        connection.sock = self.tls.wrap_socket(plain, server_hostname=self.node.address)
+        return connection
+
     def request(self, method, path, body=None):
         for attempt in (0, 1):
             connection = getattr(self.local, "connection", None)
             if connection is None:
-                connection = http.client.HTTPConnection(self.node.address, PORT)
-                plain = self.node.tcp(self.node.address, PORT, timeout=30)
-                connection.sock = self.tls.wrap_socket(plain, server_hostname=self.node.address)
-                self.local.connection = connection
+                connection = self.local.connection = self.connection()
+                connection.sock.settimeout(30)
             try:
                 connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
                 answer = connection.getresponse()
@@ -167,19 +177,30 @@ class ApiServer:
 
     # ---- Services in bulk
 
-    def make(self, numbers, endpoints=3, note=None):
-        """Services svc-N with an EndpointSlice each."""
+    def make(self, numbers, endpoints=3, note=None, nodes=None):
+        """Services svc-N with an EndpointSlice each, whose endpoints are spread over the nodes."""
         self.must("POST", "/api/v1/namespaces", {"metadata": {"name": BULK}}, allowed=(409,))
 
         def one(n):
             name = f"svc-{n}"
             meta = {"name": name, "annotations": {"note": note}} if note else {"name": name}
             self.must("POST", f"/api/v1/namespaces/{BULK}/services", {"metadata": meta, "spec": {"ports": [{"port": 80}]}})
-            addresses = [f"10.{100 + n // 8000}.{n // 32 % 250}.{n % 32 * 7 + i + 1}" for i in range(endpoints)]
-            self.must("POST", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices", {
-                "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
-                "ports": [{"name": "", "port": 8080}], "endpoints": [{"addresses": [a], "conditions": {"ready": True}} for a in addresses]})
+            self.must("POST", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices", self._slice(n, endpoints, nodes))
         self._each(one, numbers)
+
+    @staticmethod
+    def _slice(n, endpoints, nodes=None, ready=True):
+        addresses = [f"10.{100 + n // 8000}.{n // 32 % 250}.{n % 32 * 7 + i + 1}" for i in range(endpoints)]
+
+        def one(i, address):
+            node = {"nodeName": nodes[(n + i) % len(nodes)], "zone": f"zone-{(n + i) % len(nodes) % 3}"} if nodes else {}
+            return {"addresses": [address], "conditions": {"ready": ready, "serving": ready, "terminating": False}, **node}
+        return {"metadata": {"name": f"svc-{n}", "labels": {"kubernetes.io/service-name": f"svc-{n}"}}, "addressType": "IPv4",
+                "ports": [{"name": "", "port": 8080}], "endpoints": [one(i, a) for i, a in enumerate(addresses)]}
+
+    def touch(self, n, ready):
+        """Another state of a slice's endpoints."""
+        self.must("PUT", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices/svc-{n}", self._slice(n, 3, ready=bool(ready)))
 
     def drop(self, numbers):
         def one(n):
