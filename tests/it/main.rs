@@ -14,6 +14,7 @@ mod json;
 mod kube_cases;
 mod kube_meta;
 mod kube_recorded;
+mod kube_rest;
 mod kube_streams;
 mod kube_wire;
 mod kube_world;
