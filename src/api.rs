@@ -10,7 +10,7 @@ use crate::{
         access::{Access, Server},
         http,
         resource::Resource,
-        watcher::{Input, Output, SPREAD, Setup as Watch, Watcher},
+        watcher::{Input, Output, SPREAD, Setup as Watch, Watcher, first_try},
     },
     netlink::Monitor,
     shared::{Bell, Listener, Writer},
@@ -113,7 +113,7 @@ impl Api {
         };
         let mut rng = fastrand::Rng::new();
         let spread = if metaserver || access.as_ref().is_ok_and(is_local) { Duration::ZERO } else { setup.spread };
-        let start = setup.clock.now() + spread.mul_f64(rng.f64());
+        let start = first_try(setup.clock.now(), spread, &mut rng);
         let mut watch = |resource, namespace: Option<&String>| {
             let namespace: Option<Name> = namespace.map(|n| setup.table.update(|t| t.intern(n)));
             let pod_names = setup.pod_names;

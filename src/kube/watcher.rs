@@ -98,6 +98,12 @@ pub enum Output {
     Wait(Instant),
 }
 
+/// When a client that has just been started first asks: a power cut starts a whole fleet at once.
+#[must_use]
+pub fn first_try(now: Instant, spread: Duration, rng: &mut fastrand::Rng) -> Instant {
+    now + spread.mul_f64(rng.f64())
+}
+
 /// What is to be followed.
 #[derive(Clone, Debug)]
 pub struct Setup {

@@ -92,7 +92,7 @@ rows! {
         }
         assert!(!w.report().synced, "that it is stale is said");
         w.refuse = None;
-        w.next();
+        w.next_watch();
         w.open();
         w.event("ADDED", &service("b", 12));
         assert_eq!(w.names(), "a b");

@@ -35,10 +35,19 @@ pub(crate) const STEPS: [usize; 4] = [1, 7, 100, usize::MAX];
 impl World {
     pub(crate) fn of(resource: Resource, metaserver: bool, seed: u64, step: usize) -> Self {
         let now = Instant::now();
+        Self::new(resource, metaserver, seed, step, (now, now))
+    }
+
+    /// That asks for nothing before `start`.
+    pub(crate) fn starting(start: Instant, now: Instant, seed: u64) -> Self {
+        Self::new(Resource::Services, false, seed, usize::MAX, (start, now))
+    }
+
+    fn new(resource: Resource, metaserver: bool, seed: u64, step: usize, (start, now): (Instant, Instant)) -> Self {
         let mut table = Table::default();
         table.expect(Source::Api);
         let rng = fastrand::Rng::with_seed(seed);
-        let setup = Setup { resource, namespace: None, metaserver, pod_names: false, start: now, spread: SPREAD, rng };
+        let setup = Setup { resource, namespace: None, metaserver, pod_names: false, start, spread: SPREAD, rng };
         Self {
             watcher: Watcher::new(setup),
             table,

@@ -25,4 +25,5 @@ mod nft;
 mod proxy;
 mod proxy_pump;
 mod snapshot;
+mod snapshot_kill;
 mod snapshot_run;

@@ -14,6 +14,7 @@ from .world import wait_for
 BIN = os.path.join(os.environ.get("KUBE_ROOT", "/var/tmp/weft-kube"), "bin")
 NEEDED = ("etcd", "etcdctl", "kube-apiserver", "kubectl")
 PORT = 6443
+VIP = "10.96.0.1"  # the first of --service-cluster-ip-range
 PATIENCE = 60.0
 BULK = "bulk"
 
@@ -30,7 +31,7 @@ class ApiServer:
         self.local, self.processes = threading.local(), {}
         self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-keyout", "ca.key",
                       "-out", "ca.crt", "-subj", "/CN=ca", "-addext", "basicConstraints=critical,CA:TRUE")
-        self._certificate("server", "/CN=kube-apiserver", f"IP:{node.address},IP:127.0.0.1")
+        self._certificate("server", "/CN=kube-apiserver", f"IP:{node.address},IP:{VIP},IP:127.0.0.1")
         self._certificate("admin", "/O=system:masters/CN=admin", "DNS:admin")
         self._openssl("genpkey", "-algorithm", "RSA", "-out", "sa.key")
         self._openssl("pkey", "-in", "sa.key", "-pubout", "-out", "sa.pub")
@@ -187,6 +188,13 @@ class ApiServer:
             self.must("POST", f"/api/v1/namespaces/{BULK}/services", {"metadata": meta, "spec": {"ports": [{"port": 80}]}})
             self.must("POST", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices", self._slice(n, endpoints, nodes))
         self._each(one, numbers)
+
+    def make_one(self, name, address, port):
+        """A Service with one endpoint that is there."""
+        self.must("POST", f"/api/v1/namespaces/{BULK}/services", {"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}})
+        self.must("POST", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices", {
+            "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
+            "ports": [{"name": "", "port": port}], "endpoints": [{"addresses": [address], "conditions": {"ready": True}}]})
 
     @staticmethod
     def _slice(n, endpoints, nodes=None, ready=True):
