@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # What cross/build and cross/gate know of each target; they source this.
 
-TARGETS="x86_64 aarch64 armv7 arm mips mipsel"
+TARGETS="x86_64 aarch64 armv7 arm mips mipsel riscv64"
 
 # Pinned: the same C compiler and musl everywhere.
 ZIG=ziglang==0.17.0
@@ -22,6 +22,7 @@ describe() {
         arm) triple=arm-unknown-linux-musleabi class=ELF32 order=little machine=ARM ;;
         mips) triple=mips-unknown-linux-musl class=ELF32 order=big machine='MIPS R3000' ;;
         mipsel) triple=mipsel-unknown-linux-musl class=ELF32 order=little machine='MIPS R3000' ;;
+        riscv64) triple=riscv64gc-unknown-linux-musl class=ELF64 order=little machine=RISC-V ;;
         *) return 1 ;;
     esac
     case $1 in

@@ -17,6 +17,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt, future::or};
 use nanoserde::{DeJson, SerJson};
 use smol::{Async, LocalExecutor, Timer, lock::Semaphore};
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fs::{self, DirBuilder, Permissions},
     io::{self, Read, Write},
@@ -82,13 +83,22 @@ pub fn is_answered(path: &Path) -> bool {
 /// The server.
 pub struct Admin {
     socket: Socket,
-    views: Rc<Views>,
+    views: Shown,
 }
+
+/// What the socket tells now.
+pub type Shown = Rc<RefCell<Rc<Views>>>;
 
 impl Admin {
     #[must_use]
     pub fn new(socket: Socket, views: Views) -> Self {
-        Self { socket, views: Rc::new(views) }
+        Self { socket, views: Rc::new(RefCell::new(Rc::new(views))) }
+    }
+
+    /// Where other views may be put.
+    #[must_use]
+    pub fn shown(&self) -> Shown {
+        Rc::clone(&self.views)
     }
 
     /// Serves for ever. The socket's file goes when this is dropped.
@@ -106,7 +116,7 @@ impl Admin {
                         Timer::after(ACCEPT_AGAIN).await;
                         continue;
                     };
-                    let views = Rc::clone(&self.views);
+                    let views = Rc::clone(&self.views.borrow());
                     let talk = async move {
                         let _place = place;
                         or(serve(client, &views), async {
@@ -180,6 +190,7 @@ impl Views {
             nodes,
             parts: (self.parts)(),
             relays: self.tunnel.iter().flat_map(tunnel::Handle::relays).map(Into::into).collect(),
+            nat: self.tunnel.as_ref().map_or_else(String::new, tunnel::Handle::nat),
             relaying: self.tunnel.as_ref().and_then(tunnel::Handle::relay_load).map(Into::into),
             peers: self.tunnel.iter().flat_map(tunnel::Handle::peers).filter(|p| p.path != "none").count(),
             counters,

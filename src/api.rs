@@ -16,7 +16,8 @@ use crate::{
     shared::{Bell, Listener, Writer},
     table::{
         Table,
-        model::{Change, Name, Source},
+        model::{Change, Name, ObjectId, Source},
+        scope::Scope,
     },
 };
 use futures_lite::future::{or, pending, yield_now};
@@ -98,12 +99,29 @@ struct Hub {
     complete: Cell<bool>,
 }
 
+/// What is known of before and will not be followed any more goes: nobody would ever sweep it.
+fn forget_others(config: &KubeConfig, pods: bool, table: &mut Table) {
+    let is_followed =
+        |namespace: &str| config.namespaces.is_empty() || config.namespaces.iter().any(|n| n == namespace);
+    for scope in [Scope::Services(None), Scope::Slices(None), Scope::Pods(None)] {
+        table.sweep(Source::Api, &scope, |id| match id {
+            ObjectId::Service(id) => is_followed(&id.namespace),
+            ObjectId::Slice(id) => is_followed(&id.namespace),
+            ObjectId::Pod(id) => pods && is_followed(&id.namespace),
+            ObjectId::Node(_) => true,
+        });
+    }
+}
+
 impl Api {
     /// From now on the table waits for the API before it is synced.
     #[must_use]
     pub fn new(config: &KubeConfig, setup: Setup) -> Self {
         let credentials = Credentials::new(config, setup.clock);
-        setup.table.update(|t| t.expect(Source::Api));
+        setup.table.update(|t| {
+            t.expect(Source::Api);
+            forget_others(config, setup.pods, t);
+        });
         let access = credentials.access();
         let is_local = |access: &Access| access.servers.iter().all(Server::is_local);
         let metaserver = match config.server {

@@ -1,10 +1,11 @@
 //! The agent: the parts in the order in which they need each other, as named tasks of one executor; signals; the drain.
 
-mod checks;
+pub(crate) mod checks;
+pub(crate) mod plan;
 mod shown;
 
 use crate::{
-    admin::{Admin, Socket, Views, resolve},
+    admin::{self, Admin, Socket, Views, resolve},
     api::{self, Api},
     ca,
     clock::{BUILT, Clock},
@@ -17,7 +18,8 @@ use crate::{
     kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
-    proxy::{Proxy, rules::Ports, udp},
+    notify::Notify,
+    proxy::{Drain, Proxy, rules::Ports, udp},
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
@@ -39,7 +41,7 @@ use futures_lite::{
 };
 use log::LevelFilter;
 use shown::Shown;
-use smol::{LocalExecutor, Timer};
+use smol::LocalExecutor;
 use std::{
     cell::RefCell,
     collections::BTreeSet,
@@ -50,9 +52,6 @@ use std::{
     rc::Rc,
     time::Duration,
 };
-
-/// For what is said to peers and relays at the end.
-const GOODBYE: Duration = Duration::from_millis(500);
 
 /// What the command line gives to [`run`].
 #[derive(Debug)]
@@ -101,25 +100,27 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
     let table = Rc::new(Writer::new(Table::default()));
     feed(&table, &config.services);
     let restored = found.restore(&table, &restorable(config), &node, bundle.as_ref().map(|b| b.ca.0));
-    let mut wiring =
-        Wiring { restored, tasks: Tasks::new(executor), config, bundle, node, table, clock, counts: Counts::default() };
-    let started = wiring.parts(socket);
-    let Wiring { mut tasks, table, .. } = wiring;
-    let Parts { undo, tunnel, leave } = match started {
-        Ok(parts) => parts,
-        Err(why) => {
-            tasks.stop_all_but(&[]).await;
-            if wants_kernel(config) {
-                let _ = rules::cleanup().map_err(|left| log::warn!("{left:#}"));
-            }
-            return Err(why);
+    let mut wiring = Wiring::new(Tasks::new(executor), config.clone(), bundle, node, table, clock, restored);
+    if let Err(why) = wiring.parts(socket).await {
+        wiring.tasks.stop_all_but(&[]).await;
+        if wants_kernel(config) {
+            let _ = rules::cleanup().map_err(|left| log::warn!("{left:#}"));
         }
-    };
+        return Err(why);
+    }
 
+    let notify = Rc::new(Notify::from_env());
+    wiring.in_kernel().await;
+    notify.tell("READY=1");
     let ended = loop {
         let signal = async { Ok(signals.next().await) };
-        match or(signal, async { Err(tasks.ended().await) }).await {
-            Ok(Some(Ok(Signal::Hup))) => reload(&start, &table),
+        let ended = async { Err(wiring.tasks.ended().await) };
+        match or(or(signal, ended), alive(&notify)).await {
+            Ok(Some(Ok(Signal::Hup))) => {
+                notify.tell("RELOADING=1");
+                or(wiring.reload(&start), alive(&notify)).await;
+                notify.tell("READY=1");
+            }
             Ok(Some(Ok(signal))) => {
                 log::info!("{signal:?}: leaving");
                 break Ok(());
@@ -128,6 +129,7 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
             Err((name, why)) => break Err(why.context(format!("{name} has ended"))),
         }
     };
+    notify.tell("STOPPING=1");
     let impatience = async {
         while let Some(signal) = signals.next().await {
             if !matches!(signal, Ok(Signal::Hup)) {
@@ -136,52 +138,23 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
         }
         pending().await
     };
-    let drained = or(drain(tasks, undo, tunnel, leave), impatience).await;
+    let patience = if ended.is_ok() { wiring.config.proxy.drain } else { 0 };
+    let gently = async {
+        wiring.drain(Duration::from_secs(patience.into())).await;
+        wiring.leave().await
+    };
+    let drained = or(or(gently, impatience), alive(&notify)).await;
     ended.and(drained)
 }
 
-/// Connections end while their packets still find the way back; then a word to peers and relays; then the rules.
-async fn drain(
-    mut tasks: Tasks,
-    undo: Option<Undo>,
-    tunnel: Option<tunnel::Handle>,
-    leave: Rc<Leave>,
-) -> anyhow::Result<()> {
-    tasks.stop_all_but(&["rules", "tunnel", "snapshot"]).await;
-    leave.finish().await;
-    if let Some(tunnel) = tunnel {
-        let patience = async {
-            Timer::after(GOODBYE).await;
-        };
-        or(tunnel.close(), patience).await;
-    }
-    // While the rules' own task still runs: a sync under way comes to its end.
-    let undone = match undo {
-        Some(undo) => undo.undo().await.map(|done| done.iter().for_each(|what| log::info!("removed {what}"))),
-        None => Ok(()),
-    };
-    tasks.stop_all_but(&[]).await;
-    undone
-}
-
-/// Takes over what can be changed while running, and says what cannot.
-fn reload(start: &Start, table: &Writer<Table>) {
-    let Some(file) = &start.file else { return log::warn!("reload: there is no --config to read again") };
-    let new = match Config::load(file) {
-        Ok(new) => new,
-        Err(why) => return log::error!("reload: {why}; all stays as it is"),
-    };
-    log::set_max_level(start.log.unwrap_or(new.node.log));
-    feed(table, &new.services);
-    if checks::reloads(&start.config, &new) {
-        log::info!("reload: {} services of the configuration", new.services.len());
-    } else {
-        log::warn!("reload: [[service]] and node.log are taken over; what else has changed needs a restart");
-    }
+/// Shows signs of life, and never ends.
+async fn alive<T>(notify: &Notify) -> T {
+    notify.live().await;
+    pending().await
 }
 
 /// `[[service]]` is one complete list.
-fn feed(table: &Writer<Table>, services: &[StaticService]) {
+pub(crate) fn feed(table: &Writer<Table>, services: &[StaticService]) {
     table.update(|t| {
         for change in statics::changes(services) {
             t.apply(change);
@@ -196,7 +169,12 @@ fn restorable(config: &Config) -> Vec<Source> {
     files.into_iter().chain(config.kube.follows().then_some(Source::Api)).collect()
 }
 
-fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
+/// What the agent would call itself.
+pub(crate) fn name(config: &Config, bundle: Option<&Bundle>, host: &str) -> anyhow::Result<String> {
+    checks::name(config, bundle, host)
+}
+
+pub(crate) fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
     let mode = fs::metadata(path).with_context(|| format!("bundle {}", path.display()))?.mode();
     if mode & 0o077 != 0 {
         log::warn!("{0} is a secret and others may read it: chmod 600 {0}", path.display());
@@ -205,7 +183,7 @@ fn read_bundle(path: &Path) -> anyhow::Result<Bundle> {
 }
 
 /// Whether weft0 and rules are wanted.
-fn wants_kernel(config: &Config) -> bool {
+pub(crate) fn wants_kernel(config: &Config) -> bool {
     config.dns.enable || config.proxy.enable
 }
 
@@ -216,60 +194,85 @@ struct Counts {
     tunnel: Rc<TunnelCounters>,
 }
 
-/// What the end of the process has to do.
-struct Parts {
-    undo: Option<Undo>,
-    tunnel: Option<tunnel::Handle>,
-    leave: Rc<Leave>,
-}
-
-/// What the parts are made from.
-struct Wiring<'c> {
-    tasks: Tasks,
-    config: &'c Config,
-    bundle: Option<Bundle>,
-    node: String,
-    table: Rc<Writer<Table>>,
+/// What the parts are made from, and those that run.
+pub(crate) struct Wiring {
+    pub(crate) tasks: Tasks,
+    pub(crate) config: Config,
+    pub(crate) bundle: Option<Bundle>,
+    pub(crate) node: String,
+    pub(crate) table: Rc<Writer<Table>>,
     clock: Clock,
     counts: Counts,
     /// What the snapshot held.
-    restored: Restored,
+    pub(crate) restored: Restored,
+    manifests: Sources,
+    api: Option<api::Status>,
+    /// Of the DNS, or the forwarder, that runs.
+    resolver: Rc<RefCell<Option<Resolver>>>,
+    dns_port: Option<u16>,
+    pub(crate) tunnel: Writer<Option<tunnel::Handle>>,
+    tunnel_at: Option<SocketAddr>,
+    proxy: Option<(u16, Reader<udp::Ports>)>,
+    /// Of the proxy that runs, the last, and of those before it.
+    pub(crate) drains: Vec<Drain>,
+    pub(crate) undo: Option<Undo>,
+    pub(crate) rules: Option<Reader<rules::Status>>,
+    pub(crate) leave: Option<(Rc<Leave>, Reader<snapshot::Status>)>,
+    shown: Option<admin::Shown>,
 }
 
-impl Wiring<'_> {
+impl Wiring {
+    fn new(
+        tasks: Tasks,
+        config: Config,
+        bundle: Option<Bundle>,
+        node: String,
+        table: Rc<Writer<Table>>,
+        clock: Clock,
+        restored: Restored,
+    ) -> Self {
+        Self {
+            tasks,
+            config,
+            bundle,
+            node,
+            table,
+            clock,
+            restored,
+            counts: Counts::default(),
+            manifests: Sources::default(),
+            api: None,
+            resolver: Rc::default(),
+            dns_port: None,
+            tunnel: Writer::new(None),
+            tunnel_at: None,
+            proxy: None,
+            drains: Vec::new(),
+            undo: None,
+            rules: None,
+            leave: None,
+            shown: None,
+        }
+    }
+
     /// Each part in the order in which they need each other.
-    fn parts(&mut self, socket: Socket) -> anyhow::Result<Parts> {
+    async fn parts(&mut self, socket: Socket) -> anyhow::Result<()> {
         if let Err(why) = sys::raise_nofile() {
             log::warn!("the limit of open files stays as it is: {why}");
         }
         self.weft0()?;
-        let manifests = self.manifests();
-        let (resolver, dns_port) = self.dns()?;
-        let api = self.api(resolver.clone());
-        let tunnel = self.tunnel(resolver)?;
-        let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
-        let (proxy_port, udp) = self.proxy(handle.clone())?.unzip();
-        let (undo, rules) = self.rules(dns_port, proxy_port, udp)?.unzip();
-        let (leave, kept) = self.snapshot(handle.clone())?;
-        let shown = Shown {
-            kept,
-            config: self.config.clone(),
-            bundle: self.bundle.as_ref().map(|b| Bundle { key: None, psks: Vec::new(), ..b.clone() }),
-            clock: self.clock,
-            table: self.table.reader(),
-            manifests,
-            api,
-            dns_port,
-            proxy_port,
-            rules,
-            tunnel,
-        };
-        self.admin(socket, shown)?;
-        Ok(Parts { undo, tunnel: handle, leave })
+        self.manifests();
+        self.dns()?;
+        self.api();
+        self.tunnel()?;
+        self.proxy()?;
+        self.rules().await?;
+        self.snapshot()?;
+        self.admin(socket)
     }
 
-    fn weft0(&self) -> anyhow::Result<()> {
-        if !wants_kernel(self.config) {
+    pub(crate) fn weft0(&self) -> anyhow::Result<()> {
+        if !wants_kernel(&self.config) {
             return Ok(());
         }
         // What a killed agent left would send packets to ports that nobody listens on.
@@ -281,19 +284,18 @@ impl Wiring<'_> {
         Ok(())
     }
 
-    fn manifests(&mut self) -> Sources {
+    pub(crate) fn manifests(&mut self) {
         let (files, dns) = (&self.config.kube.manifests, &self.config.dns);
         let manifests = Manifests::new(files, Rc::clone(&self.table), self.clock)
             .with_pod_names(dns.enable && dns.endpoint_pod_names)
             .with_pods(dns.enable && dns.pods == PodNames::Verified);
-        let sources = manifests.sources();
+        self.manifests = manifests.sources();
         self.tasks.spawn("manifests", manifests.run());
-        sources
     }
 
     /// Also without DNS: the tunnel looks up its relays.
-    fn dns(&mut self) -> anyhow::Result<(Resolver, Option<u16>)> {
-        let Config { dns: cfg, proxy, .. } = self.config;
+    pub(crate) fn dns(&mut self) -> anyhow::Result<()> {
+        let Config { dns: cfg, proxy, .. } = &self.config;
         let setup = dns::Setup {
             counters: Rc::clone(&self.counts.dns),
             clock: self.clock,
@@ -302,45 +304,51 @@ impl Wiring<'_> {
         };
         if !cfg.enable {
             let forwarder = dns::Forwarder::new(cfg, &setup);
-            let resolver = forwarder.resolver();
-            self.tasks.spawn("resolver", forwarder.run());
-            return Ok((resolver, None));
+            *self.resolver.borrow_mut() = Some(forwarder.resolver());
+            self.dns_port = None;
+            self.tasks.spawn("dns", forwarder.run());
+            return Ok(());
         }
         let server = dns::Server::bind(cfg, self.table.reader(), self.here(), &setup)?;
-        let (resolver, port) = (server.resolver(), server.port());
+        *self.resolver.borrow_mut() = Some(server.resolver());
+        self.dns_port = Some(server.port());
         self.tasks.spawn("dns", server.run());
-        Ok((resolver, Some(port)))
+        Ok(())
     }
 
-    fn api(&mut self, resolver: Resolver) -> Option<api::Status> {
+    /// After the DNS, which looks up the server's name.
+    pub(crate) fn api(&mut self) {
         let kube = &self.config.kube;
+        self.api = None;
+        if !kube.follows() {
+            return;
+        }
+        let resolver = Rc::clone(&self.resolver);
         let lookup: api::Lookup = Rc::new(move |host| {
-            let resolver = resolver.clone();
-            Box::pin(async move { resolver.lookup(&host).await })
+            let resolver = resolver.borrow().clone();
+            Box::pin(async move { resolver.context("nobody looks up names")?.lookup(&host).await })
         });
-        kube.follows().then(|| {
-            let mut setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
-            let dns = &self.config.dns;
-            setup.pod_names = dns.enable && dns.endpoint_pod_names;
-            setup.pods = dns.enable && dns.pods == PodNames::Verified;
-            let api = Api::new(kube, setup);
-            let status = api.status();
-            self.tasks.spawn("kube", api.run());
-            status
-        })
+        let mut setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
+        let dns = &self.config.dns;
+        setup.pod_names = dns.enable && dns.endpoint_pod_names;
+        setup.pods = dns.enable && dns.pods == PodNames::Verified;
+        let api = Api::new(kube, setup);
+        self.api = Some(api.status());
+        self.tasks.spawn("kube", api.run());
     }
 
     fn here(&self) -> Here {
         Here {
             node: self.node.as_str().into(),
-            network: checks::network(self.config, self.bundle.as_ref()).into(),
+            network: checks::network(&self.config, self.bundle.as_ref()).into(),
             zone: self.config.node.zone.as_str().into(),
             neighbours: BTreeSet::new(),
         }
     }
 
-    fn tunnel(&mut self, resolver: Resolver) -> anyhow::Result<Option<(SocketAddr, tunnel::Handle)>> {
-        let Some(bundle) = self.bundle.clone().filter(|_| self.config.tunnel.enable) else { return Ok(None) };
+    pub(crate) fn tunnel(&mut self) -> anyhow::Result<()> {
+        let Some(bundle) = self.bundle.clone().filter(|_| self.config.tunnel.enable) else { return Ok(()) };
+        let resolver = Rc::clone(&self.resolver);
         let setup = tunnel::Setup {
             name: self.node.clone(),
             bundle,
@@ -349,8 +357,8 @@ impl Wiring<'_> {
             relay_limits: self.config.relay.limits,
             mark: self.config.proxy.mark,
             lookup: Rc::new(move |host| {
-                let resolver = resolver.clone();
-                Box::pin(async move { resolver.lookup(&host).await })
+                let resolver = resolver.borrow().clone();
+                Box::pin(async move { resolver.context("nobody looks up names")?.lookup(&host).await })
             }),
             clock: self.clock,
             counters: Rc::clone(&self.counts.tunnel),
@@ -360,60 +368,100 @@ impl Wiring<'_> {
         let at = driver.local_addr()?;
         log::info!("tunnel on UDP {at}");
         self.tasks.spawn("tunnel", driver.run());
-        Ok(Some((at, handle)))
+        self.tunnel_at = Some(at);
+        self.tunnel.update(|slot| *slot = Some(handle));
+        self.tunnel.ring();
+        Ok(())
     }
 
-    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<(u16, Reader<udp::Ports>)>> {
-        let Config { dns, proxy, balancer, .. } = self.config;
+    pub(crate) fn proxy(&mut self) -> anyhow::Result<()> {
+        let Config { dns, proxy, balancer, .. } = &self.config;
+        self.proxy = None;
         if !proxy.enable {
-            return Ok(None);
+            return Ok(());
         }
         let here = self.here();
         let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
-        let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
+        let (table, counters, tunnel) = (self.table.reader(), Rc::clone(&self.counts.proxy), self.tunnel.reader());
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
-        let ports = (proxy.port(), proxy.udp_ports());
+        self.proxy = Some((proxy.port(), proxy.udp_ports()));
+        self.drains.retain(|drain| !drain.is_idle());
+        self.drains.push(proxy.drain());
         self.tasks.spawn("proxy", proxy.run());
-        Ok(Some(ports))
+        Ok(())
     }
 
-    fn snapshot(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<(Rc<Leave>, Reader<snapshot::Status>)> {
+    fn snapshot(&mut self) -> anyhow::Result<()> {
         let setup = snapshot::Setup {
             directory: self.config.node.state_dir.clone(),
             node: self.node.clone(),
             cluster: self.bundle.as_ref().map(|b| b.ca.0),
             table: self.table.reader(),
-            tunnel,
+            tunnel: self.tunnel.reader(),
             clock: self.clock,
             pace: Pace::default(),
         };
         let keeper = Keeper::new(setup, &self.restored)?;
-        let (leave, kept) = (keeper.leave(), keeper.status());
+        self.leave = Some((keeper.leave(), keeper.status()));
         self.tasks.spawn("snapshot", keeper.run());
-        Ok((leave, kept))
+        Ok(())
     }
 
-    fn rules(
-        &mut self,
-        dns_port: Option<u16>,
-        proxy_port: Option<u16>,
-        udp: Option<Reader<udp::Ports>>,
-    ) -> anyhow::Result<Option<(Undo, Reader<rules::Status>)>> {
-        if !wants_kernel(self.config) {
-            return Ok(None);
+    /// Takes the place of rules of before, which stay until those of now are in the kernel.
+    pub(crate) async fn rules(&mut self) -> anyhow::Result<()> {
+        if let Some(before) = self.tasks.take("rules") {
+            before.cancel().await;
         }
-        let Config { dns, proxy, .. } = self.config;
-        let dns_ports = dns_port.map(|port| (dns.listen.port(), port));
+        self.rules = None;
+        if !wants_kernel(&self.config) {
+            if let Some(undo) = &self.undo {
+                undo.undo_rules().await?;
+            }
+            return Ok(());
+        }
+        let Config { dns, proxy, .. } = &self.config;
+        let dns_ports = self.dns_port.map(|port| (dns.listen.port(), port));
+        let (proxy_port, udp) = self.proxy.clone().unzip();
         let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
         let rules = Rules::new(proxy, dns.listen.ip(), ports, table, udp, counters, self.clock)?;
-        let shared = (rules.undo(), rules.status());
+        (self.undo, self.rules) = (Some(rules.undo()), Some(rules.status()));
         self.tasks.spawn("rules", rules.run());
-        Ok(Some(shared))
+        Ok(())
     }
 
-    fn admin(&mut self, socket: Socket, shown: Shown) -> anyhow::Result<()> {
+    fn admin(&mut self, socket: Socket) -> anyhow::Result<()> {
+        let admin = Admin::new(socket, self.views()?);
+        self.shown = Some(admin.shown());
+        self.tasks.spawn("admin", admin.run());
+        Ok(())
+    }
+
+    /// The socket tells of the parts as they are now.
+    pub(crate) fn show(&self) {
+        match (self.views(), &self.shown) {
+            (Ok(views), Some(shown)) => *shown.borrow_mut() = Rc::new(views),
+            (Ok(_), None) => {}
+            (Err(why), _) => log::warn!("{why:#}"),
+        }
+    }
+
+    fn views(&self) -> anyhow::Result<Views> {
+        let tunnel = self.tunnel.reader().read(Clone::clone);
+        let shown = Shown {
+            kept: self.leave.as_ref().context("there is no snapshot yet")?.1.clone(),
+            config: self.config.clone(),
+            bundle: self.bundle.as_ref().map(|b| Bundle { key: None, psks: Vec::new(), ..b.clone() }),
+            clock: self.clock,
+            table: self.table.reader(),
+            manifests: self.manifests.clone(),
+            api: self.api.clone(),
+            dns_port: self.dns_port,
+            proxy_port: self.proxy.as_ref().map(|(port, _)| *port),
+            rules: self.rules.clone(),
+            tunnel: self.tunnel_at.zip(tunnel.clone()),
+        };
         let serial = u32::try_from(self.clock.unix()).unwrap_or(u32::MAX);
         let answerer = RefCell::new(Answerer::new(Zone::new(&self.config.dns, serial)?));
         let (domain, table) = (self.config.dns.domain.clone(), self.table.reader());
@@ -430,11 +478,11 @@ impl Wiring<'_> {
         };
         let shown = Rc::new(shown);
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
-        let views = Views {
+        Ok(Views {
             node: self.node.clone(),
             clock: self.clock,
             table: self.table.reader(),
-            tunnel: shown.tunnel.as_ref().map(|(_, handle)| handle.clone()),
+            tunnel,
             dns_counters: Some(Rc::clone(&self.counts.dns)),
             proxy_counters: Some(Rc::clone(&self.counts.proxy)),
             tunnel_counters: Some(Rc::clone(&self.counts.tunnel)),
@@ -442,8 +490,6 @@ impl Wiring<'_> {
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
             resolve: Box::new(resolve),
-        };
-        self.tasks.spawn("admin", Admin::new(socket, views).run());
-        Ok(())
+        })
     }
 }

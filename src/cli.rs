@@ -8,9 +8,12 @@ use crate::{
     admin::{self, render, view},
     app,
     ca::{self, Ca, Order},
+    check,
     clock::{BUILT, Clock},
     config::{Config, LoadError},
     log,
+    proxy::cover::Prefix,
+    setup,
     tunnel::identity::{Certificate, Roles, utc},
 };
 use anyhow::{Context, bail};
@@ -20,6 +23,7 @@ use data_encoding::BASE64;
 use nanoserde::{DeJson, SerJson};
 use std::{
     io::{self, Write},
+    net::Ipv4Addr,
     path::Path,
     process::ExitCode,
 };
@@ -58,6 +62,8 @@ fn run(command: Command) -> anyhow::Result<()> {
             query(&c.socket, request.trim_end(), c.json, render::services)
         }
         Command::Resolve(c) => resolve(&c),
+        Command::Check(c) => check(c),
+        Command::Setup(c) => setup(c),
         Command::Ca(c) => match c.command {
             CaCommand::Init(c) => init(&c.dir),
             CaCommand::Issue(c) => issue(c),
@@ -70,9 +76,31 @@ fn run(command: Command) -> anyhow::Result<()> {
 
 fn start(run: args::Run) -> anyhow::Result<()> {
     let asked = log::level_asked(run.log.as_deref()).map_err(Usage)?;
-    let config = run.config.as_deref().map_or_else(|| Ok(Config::default()), Config::load)?;
+    let config = loaded(run.config.as_deref())?;
     log::start(asked.unwrap_or(config.node.log));
     app::run(app::Start { config, file: run.config, bundle: run.bundle, log: asked })
+}
+
+fn loaded(file: Option<&Path>) -> Result<Config, LoadError> {
+    file.map_or_else(|| Ok(Config::default()), Config::load)
+}
+
+fn check(c: args::Check) -> anyhow::Result<()> {
+    log::start(::log::LevelFilter::Off);
+    let report = check::run(loaded(c.config.as_deref())?, c.bundle);
+    out(&if c.json { report.serialize_json() } else { report.text() })?;
+    match report.failed {
+        0 => Ok(()),
+        1 => bail!("1 check failed"),
+        failed => bail!("{failed} checks failed"),
+    }
+}
+
+fn setup(c: args::Setup) -> anyhow::Result<()> {
+    let dns = loaded(c.config.as_deref())?.dns;
+    let reverse = if c.reverse.is_empty() { vec![Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 8)] } else { c.reverse };
+    let wants = setup::plan::Wants { domain: dns.domain, server: dns.listen, reverse };
+    out(&setup::run(&setup::Order { wants, undo: c.undo, root: c.root, restart: !c.no_restart })?.join("\n"))
 }
 
 fn cleanup(socket: &Path) -> anyhow::Result<()> {

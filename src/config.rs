@@ -5,6 +5,7 @@ mod dns;
 mod error;
 mod kube;
 mod raw;
+pub(crate) mod read;
 mod resolve;
 mod service;
 
@@ -188,6 +189,8 @@ pub struct ProxyConfig {
     /// One bit of the packet mark: set on our own sockets.
     pub mark: u32,
     pub max_connections: usize,
+    /// Seconds that connections have to come to their end when the agent leaves.
+    pub drain: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -85,6 +85,25 @@ impl Iptables {
     }
 }
 
+/// Whether iptables would take a rule such as ours: it is made, and not put in place.
+///
+/// # Errors
+/// What iptables complained about.
+pub async fn attempt() -> Result<()> {
+    const RULES: &str = "*nat\n:WEFT-CHECK - [0:0]\n-A WEFT-CHECK -p tcp -d 192.0.2.1/32 --dport 1 \
+                         -j DNAT --to-destination 192.0.2.2:1\nCOMMIT\n";
+    let tools = Iptables::new().await?.tools;
+    exec::run(&tools.restore, &["--noflush", "--test"], RULES, |_| ()).await
+}
+
+/// What the programs that are called iptables are: "nf_tables" or "legacy"; None: there are none.
+#[must_use]
+pub fn flavour() -> Option<&'static str> {
+    let program = exec::find("iptables-restore")?;
+    let real = program.canonicalize().unwrap_or(program);
+    Some(if real.to_string_lossy().contains("nft") { "nf_tables" } else { "legacy" })
+}
+
 /// Removes what is ours from every variant of iptables that is installed. Says what it removed, and what failed.
 pub async fn remove() -> (Vec<String>, Vec<String>) {
     let (mut done, mut errors) = (Vec::new(), Vec::new());

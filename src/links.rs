@@ -114,7 +114,7 @@ impl Links {
 }
 
 /// Of what the kernel lists as IPv6 routes: an unreachable one (RTF_REJECT, linux/ipv6_route.h) leads nowhere.
-fn default_interfaces_v6(list: &str) -> impl Iterator<Item = String> + '_ {
+pub(crate) fn default_interfaces_v6(list: &str) -> impl Iterator<Item = String> + '_ {
     const REJECT: u32 = 0x200;
     list.lines().filter_map(|line| {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();

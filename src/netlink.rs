@@ -182,7 +182,7 @@ pub fn ensure_device(ip: Ipv4Addr) -> Result<Device> {
     let mut socket = Socket::open(Family::Route)?;
     let mut links = socket.links()?;
     if !links.iter().any(|l| l.name == DEVICE) {
-        create(&mut socket, &links)?;
+        create(&mut socket, &links, DEVICE)?;
         links = socket.links()?;
     }
     let Some(device) = links.into_iter().find(|l| l.name == DEVICE) else {
@@ -207,14 +207,30 @@ pub fn ensure_device(ip: Ipv4Addr) -> Result<Device> {
     Ok(Device { index: device.index, kind: device.kind })
 }
 
+/// Makes a device as weft0 would be and removes it; "dummy" or "bridge".
+///
+/// # Errors
+/// As [`ensure_device`].
+pub fn try_device() -> Result<&'static str> {
+    const NAME: &str = "weft-check";
+    let mut socket = Socket::open(Family::Route)?;
+    let before = socket.links()?;
+    if !before.iter().any(|l| l.name == NAME) {
+        create(&mut socket, &before, NAME)?;
+    }
+    let made = socket.links()?.into_iter().find(|l| l.name == NAME && ours(l)).context("it vanished")?;
+    socket.tell(|seq| link::delete_link(seq, made.index)).map_err(|e| cannot("remove a device", e))?;
+    Ok(if made.kind == DeviceKind::Dummy.name() { DeviceKind::Dummy } else { DeviceKind::Bridge }.name())
+}
+
 fn device_kind(link: &Link) -> &str {
     if link.kind.is_empty() { "device" } else { &link.kind }
 }
 
 /// A dummy, else a bridge. The module of the dummies makes a dummy0 when it is loaded: that goes again.
-fn create(socket: &mut Socket, before: &[Link]) -> Result<()> {
+fn create(socket: &mut Socket, before: &[Link], name: &str) -> Result<()> {
     let had_dummy0 = before.iter().any(|l| l.name == "dummy0");
-    let dummy = socket.tell(|seq| link::create_link(seq, DEVICE, DeviceKind::Dummy));
+    let dummy = socket.tell(|seq| link::create_link(seq, name, DeviceKind::Dummy));
     if !had_dummy0 {
         let by_chance = |l: &&Link| l.name == "dummy0" && l.kind == "dummy" && !l.up;
         if let Some(link) = socket.links()?.iter().find(by_chance) {
@@ -225,7 +241,7 @@ fn create(socket: &mut Socket, before: &[Link]) -> Result<()> {
     if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::AlreadyExists) {
         return Err(cannot("make weft0", e));
     }
-    let bridge = socket.tell(|seq| link::create_link(seq, DEVICE, DeviceKind::Bridge));
+    let bridge = socket.tell(|seq| link::create_link(seq, name, DeviceKind::Bridge));
     bridge.map_err(|b| cannot("make weft0, neither as a bridge nor as a dummy", b).context(format!("dummy: {e}")))
 }
 

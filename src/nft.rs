@@ -8,7 +8,7 @@ use crate::{
             ruleset::{self, INTERFACES, SERVICES, TABLE},
             sum::Sum,
             ways::{Ways, concerns_us},
-            wire::{Batch, Family, Kind, NLM_F_ACK, NLM_F_DUMP, attr, number, request},
+            wire::{Batch, Family, Kind, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, attr, number, request},
         },
         rules::Desired,
     },
@@ -245,6 +245,49 @@ pub fn open_ways(own: IpAddr, skip_iptables: bool) -> Result<Vec<String>> {
         }
     }
     Ok(notes)
+}
+
+/// Sends a transaction that the kernel refuses at its very end, and so forgets: true to life, and without a trace.
+fn rehearse(socket: &mut Socket, mut batch: Batch, family: Family) -> io::Result<()> {
+    // linux/netlink.h: what is there already must not be.
+    const NLM_F_EXCL: u16 = 0x200;
+    for flags in [NLM_F_CREATE, NLM_F_CREATE | NLM_F_EXCL] {
+        batch.push(Kind::NewTable, flags, family, |a| a.text(1, "weft-check"));
+    }
+    match commit(socket, batch) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+        Ok(()) => Err(io::Error::other("a transaction with a mistake in it was taken")),
+    }
+}
+
+/// Whether the kernel would take our rules.
+///
+/// # Errors
+/// Why not.
+pub fn attempt(desired: &Desired) -> Result<()> {
+    let mut batch = Batch::default();
+    ruleset::install(&mut batch, desired);
+    rehearse(&mut Socket::open(sys::Family::Netfilter)?, batch, ruleset::family(desired.address)).map_err(cannot)
+}
+
+/// The input chains of others that would drop what was redirected to `own`, and why one of them takes no rule of ours.
+///
+/// # Errors
+/// As [`open_ways`].
+pub fn closed_ways(own: IpAddr, skip_iptables: bool) -> Result<Vec<(String, Option<String>)>> {
+    let mut socket = Socket::open(sys::Family::Netfilter)?;
+    let found = match ways(&mut socket) {
+        Err(e) if is_absent(&e) => return Ok(Vec::new()),
+        found => found.map_err(cannot)?,
+    };
+    let closed = found.missing(ruleset::family(own), skip_iptables).into_iter().map(|way| {
+        let mut batch = Batch::default();
+        ruleset::open_way(&mut batch, &way, own);
+        let refused = rehearse(&mut socket, batch, way.family).err();
+        (way.to_string(), refused.map(|e| e.to_string()))
+    });
+    Ok(closed.collect())
 }
 
 /// Removes our tables, and our rules from chains of others. Says what it removed.

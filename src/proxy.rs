@@ -14,7 +14,7 @@ use crate::{
     config::ProxyConfig,
     metrics::{ProxyCounters, bump},
     pump::{self, Pool},
-    shared::Reader,
+    shared::{Bell, Reader},
     sys,
     table::{
         Table,
@@ -76,11 +76,14 @@ pub(crate) struct Shared {
     pub(crate) here: Here,
     pub(crate) balancer: RefCell<Balancer>,
     pub(crate) table: Reader<Table>,
-    pub(crate) tunnel: Option<tunnel::Handle>,
+    pub(crate) tunnel: Reader<Option<tunnel::Handle>>,
     pub(crate) counters: Rc<ProxyCounters>,
     pub(crate) clock: Clock,
     pub(crate) pool: Pool,
     sessions: Cell<usize>,
+    leaving: Cell<bool>,
+    /// Rings when we are to leave, and when no session is left.
+    leave: Bell,
     said: Cell<Option<Instant>>,
     unmarked: Cell<bool>,
 }
@@ -91,6 +94,41 @@ struct Place(Rc<Shared>);
 impl Drop for Place {
     fn drop(&mut self) {
         self.0.sessions.set(self.0.sessions.get() - 1);
+        if self.0.sessions.get() == 0 {
+            self.0.leave.ring();
+        }
+    }
+}
+
+/// How a proxy ends without ending what it relays.
+#[derive(Clone)]
+pub struct Drain(Rc<Shared>);
+
+impl Drain {
+    /// Has it take no more connections: [`Proxy::run`] ends with the last that it has.
+    pub fn begin(&self) {
+        self.0.leaving.set(true);
+        self.0.leave.ring();
+    }
+
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.0.sessions.get() == 0
+    }
+
+    /// Resolves when there is no session.
+    pub async fn idle(&self) {
+        let mut bell = self.0.leave.listen();
+        while !self.is_idle() {
+            bell.rung().await;
+        }
+    }
+
+    async fn begun(&self) {
+        let mut bell = self.0.leave.listen();
+        while !self.0.leaving.get() {
+            bell.rung().await;
+        }
     }
 }
 
@@ -114,7 +152,7 @@ impl Proxy {
         here: Here,
         balancer: Balancer,
         table: Reader<Table>,
-        tunnel: Option<tunnel::Handle>,
+        tunnel: Reader<Option<tunnel::Handle>>,
         counters: Rc<ProxyCounters>,
         clock: Clock,
     ) -> Result<Self> {
@@ -134,6 +172,8 @@ impl Proxy {
             clock,
             pool: Pool::default(),
             sessions: Cell::new(0),
+            leaving: Cell::new(false),
+            leave: Bell::default(),
             said: Cell::new(None),
             unmarked: Cell::new(false),
         };
@@ -154,15 +194,33 @@ impl Proxy {
         self.shared.own.port()
     }
 
-    /// Relays until it is dropped; that ends all connections.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        Drain(Rc::clone(&self.shared))
+    }
+
+    /// Relays until it is dropped, which ends all connections, or until [`Drain::begin`] and the last of them.
     ///
     /// # Errors
     /// When the event loop no longer knows the listener.
     pub async fn run(self) -> Result<()> {
-        let clients = accept(&self.listener, &self.shared, &self.executor);
-        let others = zip(serve_peers(&self.shared, &self.executor), Rc::clone(&self.udp).run());
-        let (clients, _) = self.executor.run(zip(clients, others)).await;
-        clients.context("listener")
+        let Self { listener, shared, executor, udp } = self;
+        let drain = Drain(Rc::clone(&shared));
+        let tcp = async {
+            let begun = async {
+                drain.begun().await;
+                Ok(())
+            };
+            or(accept(&listener, &shared, &executor), begun).await.context("listener")?;
+            drop(listener);
+            drain.idle().await;
+            Ok(())
+        };
+        let others = async {
+            zip(or(serve_peers(&shared, &executor), drain.begun()), udp.run()).await;
+            std::future::pending().await
+        };
+        executor.run(or(tcp, others)).await
     }
 }
 
@@ -208,9 +266,19 @@ async fn accept<'x>(
 
 /// Takes the streams that peers open, for ever.
 async fn serve_peers<'x>(shared: &Rc<Shared>, sessions: &LocalExecutor<'x>) {
-    let Some(tunnel) = &shared.tunnel else { return std::future::pending().await };
+    let mut changed = shared.tunnel.listen();
     loop {
-        let (mut stream, peer, open) = tunnel.accept().await;
+        let accepted = async {
+            match shared.tunnel.read(Clone::clone) {
+                Some(tunnel) => Some(tunnel.accept().await),
+                None => std::future::pending().await,
+            }
+        };
+        let other = async {
+            changed.rung().await;
+            None
+        };
+        let Some((mut stream, peer, open)) = or(accepted, other).await else { continue };
         bump(&shared.counters.remote_opens);
         match Shared::place(shared) {
             Some(place) => sessions.spawn(async move { serve_remote(&place.0, stream, &peer, open).await }).detach(),
@@ -358,7 +426,7 @@ impl Shared {
     }
 
     async fn remote(&self, client: Async<TcpStream>, node: &str, open: &Open) -> (Attempt, Option<Async<TcpStream>>) {
-        let Some(tunnel) = &self.tunnel else {
+        let Some(tunnel) = self.tunnel.read(Clone::clone) else {
             return (Attempt::Failed(format!("it is on {node}, and the tunnel is off")), Some(client));
         };
         let mut stream = tunnel.open(node, open);

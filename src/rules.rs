@@ -83,11 +83,27 @@ impl Drop for Busy<'_> {
 pub struct Undo(Rc<Gate>);
 
 impl Undo {
+    /// The rules alone: weft0 and its routes stay, so that what has begun can come to its end.
+    ///
+    /// # Errors
+    /// As [`Self::undo`].
+    pub async fn undo_rules(&self) -> Result<Vec<String>> {
+        self.stop().await;
+        let (mut done, mut errors) = iptables::remove().await;
+        nft::remove().map_or_else(|e| errors.push(format!("{e:#}")), |what| done.extend(what));
+        if errors.is_empty() { Ok(done) } else { Err(anyhow!("{}", errors.join("; "))) }
+    }
+
     /// Stops the syncs for good, waits for one under way, then removes all that is ours.
     ///
     /// # Errors
     /// When something is left behind; the text says what.
     pub async fn undo(&self) -> Result<Vec<String>> {
+        self.stop().await;
+        remove_all().await
+    }
+
+    async fn stop(&self) {
         self.0.closed.set(true);
         let mut listener = self.0.idle.listen();
         self.0.closing.ring();
@@ -97,7 +113,6 @@ impl Undo {
             }
         };
         or(idle, after(UNDO_PATIENCE)).await;
-        remove_all().await
     }
 }
 

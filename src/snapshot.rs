@@ -72,6 +72,13 @@ impl Found {
         self.0.as_ref().ok().and_then(Option::as_ref).map_or(0, |saved| saved.meta.unix)
     }
 
+    /// Feeds a table with all that it holds, whosever it is.
+    pub fn pour(self, table: &Writer<Table>) {
+        if let Ok(Some(saved)) = self.0 {
+            table.update(|t| saved.restore(t, &[Source::Manifests, Source::Api]));
+        }
+    }
+
     /// Feeds the table with the objects of these sources, as lists that are complete and may be stale. Nothing is
     /// taken from another node's snapshot or another cluster's.
     #[must_use]
@@ -145,7 +152,7 @@ pub struct Setup {
     pub node: String,
     pub cluster: Option<[u8; 32]>,
     pub table: Reader<Table>,
-    pub tunnel: Option<tunnel::Handle>,
+    pub tunnel: Reader<Option<tunnel::Handle>>,
     pub clock: Clock,
     pub pace: Pace,
 }
@@ -230,7 +237,7 @@ impl Keeper {
 
     /// Writes what has changed since the last time.
     async fn keep(&mut self) -> anyhow::Result<()> {
-        let remembered = self.setup.tunnel.as_ref().map(tunnel::Handle::remembered).unwrap_or_default();
+        let remembered = self.setup.tunnel.read(|t| t.as_ref().map(tunnel::Handle::remembered)).unwrap_or_default();
         let peers = codec::encode_peers(&remembered);
         let new = State {
             version: self.setup.table.read(Table::version),

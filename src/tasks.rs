@@ -37,6 +37,26 @@ impl Tasks {
         .await
     }
 
+    /// Takes a task out of those whose end counts.
+    pub fn take(&mut self, name: &str) -> Option<Task<anyhow::Result<()>>> {
+        let at = self.running.iter().position(|(n, _)| *n == name)?;
+        Some(self.running.swap_remove(at).1)
+    }
+
+    /// Puts one back that [`Self::take`] gave.
+    pub fn put(&mut self, name: &'static str, task: Task<anyhow::Result<()>>) {
+        self.running.push((name, task));
+    }
+
+    /// Has a task end by itself, which `gently` asks it to; when that is over it is cancelled.
+    pub fn retire(&self, task: Task<anyhow::Result<()>>, gently: impl Future<Output = ()> + 'static) {
+        let end = async move {
+            gently.await;
+            task.cancel().await;
+        };
+        self.executor.spawn(end).detach();
+    }
+
     /// Cancels all others, the last first, and waits until each has let go of what it held.
     pub async fn stop_all_but(&mut self, kept: &[&str]) {
         let (kept, stopped): (Vec<_>, Vec<_>) =

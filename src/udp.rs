@@ -331,7 +331,7 @@ impl Port {
     }
 
     fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open) -> Option<Leg> {
-        let tunnel = self.udp.shared.tunnel.clone()?;
+        let tunnel = self.udp.shared.tunnel.read(Clone::clone)?;
         let total = Rc::clone(&self.udp.queued);
         let queue = Queue { waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() };
         let queue = Rc::new(queue);

@@ -25,6 +25,8 @@ pub struct Status {
     pub nodes: usize,
     pub parts: Vec<Part>,
     pub relays: Vec<Relay>,
+    /// What kind of NAT the relays see; empty: there is no tunnel.
+    pub nat: String,
     /// Of a relay: what it carries.
     pub relaying: Option<Relaying>,
     /// Peers with a path.

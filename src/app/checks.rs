@@ -5,7 +5,6 @@ use crate::{
     tunnel::identity::{Bundle, NAME_RULE, Roles, node_name, utc},
 };
 use anyhow::ensure;
-use log::LevelFilter;
 
 /// A certificate that ends sooner is warned of.
 const RENEW_SECS: u64 = 30 * 86_400;
@@ -14,7 +13,7 @@ const RENEW_SECS: u64 = 30 * 86_400;
 ///
 /// # Errors
 /// When two of them are at odds, or the host's is no node's name.
-pub(super) fn name(config: &Config, bundle: Option<&Bundle>, host: &str) -> anyhow::Result<String> {
+pub(crate) fn name(config: &Config, bundle: Option<&Bundle>, host: &str) -> anyhow::Result<String> {
     let wanted = &config.node.name;
     if let Some(bundle) = bundle {
         let issued = &bundle.certificate.name;
@@ -30,14 +29,14 @@ pub(super) fn name(config: &Config, bundle: Option<&Bundle>, host: &str) -> anyh
 }
 
 /// The node's network: the config's, else the bundle's.
-pub(super) fn network<'a>(config: &'a Config, bundle: Option<&'a Bundle>) -> &'a str {
+pub(crate) fn network<'a>(config: &'a Config, bundle: Option<&'a Bundle>) -> &'a str {
     let of_bundle = bundle.map_or("", |b| b.certificate.network.as_str());
     if config.node.network.is_empty() { of_bundle } else { &config.node.network }
 }
 
 /// # Errors
 /// When there is to be a relay and cannot be.
-pub(super) fn relay(config: &Config, bundle: Option<&Bundle>) -> anyhow::Result<()> {
+pub(crate) fn relay(config: &Config, bundle: Option<&Bundle>) -> anyhow::Result<()> {
     if config.relay.enable {
         ensure!(config.tunnel.enable, "relay.enable: a relay needs the tunnel, and tunnel.enable is false");
         ensure!(bundle.is_some(), "relay.enable: a relay needs a bundle (--bundle, or node.bundle)");
@@ -46,7 +45,7 @@ pub(super) fn relay(config: &Config, bundle: Option<&Bundle>) -> anyhow::Result<
 }
 
 /// What is no error and should not stay so.
-pub(super) fn warnings(config: &Config, bundle: Option<&Bundle>, now: u64) -> Vec<String> {
+pub(crate) fn warnings(config: &Config, bundle: Option<&Bundle>, now: u64) -> Vec<String> {
     let mut out = Vec::new();
     let Some(bundle) = bundle else {
         if config.tunnel.enable {
@@ -69,17 +68,6 @@ pub(super) fn warnings(config: &Config, bundle: Option<&Bundle>, now: u64) -> Ve
         }
     }
     out
-}
-
-/// Whether two configs differ in nothing but what a reload takes over.
-pub(super) fn reloads(old: &Config, new: &Config) -> bool {
-    let rest = |c: &Config| {
-        let mut c = c.clone();
-        c.services.clear();
-        c.node.log = LevelFilter::Off;
-        c
-    };
-    rest(old) == rest(new)
 }
 
 #[cfg(test)]
@@ -138,13 +126,5 @@ mod tests {
         assert!(said("relay.enable = true", &bundle(Roles::NONE, NOW * 2)).contains("has not the role relay"));
         assert_eq!(warnings(&config("tunnel.enable = false"), None, NOW), Vec::<String>::new());
         assert_eq!(warnings(&config(""), None, NOW).len(), 1);
-    }
-
-    #[test]
-    fn only_services_and_the_log_level_reload() {
-        let old = config("");
-        let service = "[[service]]\nname = \"a\"\nports = [{ port = 1 }]";
-        assert!(reloads(&old, &config(&format!("node.log = \"debug\"\n{service}"))));
-        assert!(!reloads(&old, &config("dns.ttl = 5")));
     }
 }

@@ -3,12 +3,14 @@
 use crate::{
     ca,
     config::RelayName,
+    proxy::cover::Prefix,
+    setup::plan::network as network_of,
     tunnel::identity::{NAME_RULE, NETWORK_RULE, PublicKey, Roles, network_name, node_name},
 };
 use argh::FromArgs;
 use std::path::PathBuf;
 
-pub(super) const SOCKET: &str = "/run/weft.sock";
+pub(super) const SOCKET: &str = "/run/weft/weft.sock";
 const CA_DIR: &str = "weft-ca";
 /// Two years: long enough to live through without a visit, short enough to be renewed by somebody who remembers.
 const DAYS: u64 = 730;
@@ -33,6 +35,8 @@ pub(super) enum Command {
     Peers(Peers),
     Services(Services),
     Resolve(Resolve),
+    Check(Check),
+    Setup(Setup),
     Ca(Ca),
     Cleanup(Cleanup),
     Version(Version),
@@ -53,6 +57,46 @@ pub(super) struct Run {
     pub(super) log: Option<String>,
 }
 
+/// tell whether this machine is fit, and what to do where it is not; changes nothing
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "check",
+    note = "Exit codes: 0 where no line says fail, 1 where one does, 2 bad usage, 64 bad configuration."
+)]
+pub(super) struct Check {
+    /// the configuration (weft.toml)
+    #[argh(option, arg_name = "file")]
+    pub(super) config: Option<PathBuf>,
+    /// the secret that `weft ca issue` wrote for this machine
+    #[argh(option, arg_name = "file")]
+    pub(super) bundle: Option<PathBuf>,
+    /// as JSON
+    #[argh(switch)]
+    pub(super) json: bool,
+}
+
+/// tell dnsmasq or systemd-resolved of the cluster's names
+#[derive(FromArgs)]
+#[argh(subcommand, name = "setup")]
+pub(super) struct Setup {
+    /// take it back
+    #[argh(switch)]
+    pub(super) undo: bool,
+    /// the configuration (weft.toml), for the domain and the address
+    #[argh(option, arg_name = "file")]
+    pub(super) config: Option<PathBuf>,
+    /// a network whose addresses have names of the cluster (default: 10.0.0.0/8); may be given several times
+    #[argh(option, from_str_fn(network_of), arg_name = "network")]
+    pub(super) reverse: Vec<Prefix>,
+    /// leave the resolver as it runs
+    #[argh(switch)]
+    pub(super) no_restart: bool,
+    /// below which directory the files are (default: /)
+    #[argh(option, default = "PathBuf::from(\"/\")", arg_name = "directory")]
+    pub(super) root: PathBuf,
+}
+
 /// show how the agent is
 #[derive(FromArgs)]
 #[argh(subcommand, name = "status")]
@@ -60,7 +104,7 @@ pub(super) struct Status {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -72,7 +116,7 @@ pub(super) struct Peers {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -87,7 +131,7 @@ pub(super) struct Services {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -102,7 +146,7 @@ pub(super) struct Resolve {
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,
-    /// the agent's admin socket (default: /run/weft.sock)
+    /// the agent's admin socket (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }
@@ -186,7 +230,7 @@ pub(super) struct CaShow {
 #[derive(FromArgs)]
 #[argh(subcommand, name = "cleanup")]
 pub(super) struct Cleanup {
-    /// the admin socket that tells whether an agent still runs (default: /run/weft.sock)
+    /// the admin socket that tells whether an agent still runs (default: /run/weft/weft.sock)
     #[argh(option, default = "SOCKET.into()", arg_name = "path")]
     pub(super) socket: PathBuf,
 }

@@ -3,16 +3,14 @@
 use super::{
     ConfigError, DnsConfig, PodNames, Upstream,
     raw::RawDns,
+    read::Entries,
     resolve::{Put, may_be_dialled},
 };
 use crate::{
     dns::wire,
     tunnel::identity::{NAME_MAX, node_name},
 };
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use toml::Spanned;
 
 /// EdgeMesh's address for its DNS, so that an edgecore's `clusterDNS` needs no change.
@@ -102,12 +100,9 @@ impl Put<'_> {
         self.number(&mut c.cache_ttl, "dns.cache_ttl", raw.cache_ttl, 0..=CACHE_TTL_MAX)
     }
 
-    fn stub(
-        &self,
-        raw: BTreeMap<Spanned<String>, Vec<Spanned<String>>>,
-    ) -> Result<Vec<(String, Vec<SocketAddr>)>, ConfigError> {
+    fn stub(&self, raw: Entries<Vec<Spanned<String>>>) -> Result<Vec<(String, Vec<SocketAddr>)>, ConfigError> {
         let mut out: Vec<(String, Vec<SocketAddr>)> = Vec::new();
-        for (at, (domain, servers)) in raw.into_iter().enumerate() {
+        for (at, (domain, servers)) in raw.0.into_iter().enumerate() {
             let name = self
                 .parse("dns.stub", &domain, "a domain such as corp.example", |s| zone(s).filter(|name| name != "."))?;
             if at == STUBS_MAX {

@@ -1,5 +1,6 @@
 //! What is wrong with a configuration, and where.
 
+use super::read::{Mistake, What};
 use std::{fmt, ops::Range};
 
 /// Names nothing nearer than this many edits.
@@ -35,31 +36,20 @@ impl ConfigError {
         Self { line, column, key: key.into(), what: what.into() }
     }
 
-    pub(super) fn from_toml(text: &str, mut error: toml::de::Error) -> Self {
-        let span = error.span().unwrap_or(0..0);
-        // Without its input toml's error prints the path of the key behind its message, and nothing else does.
-        error.set_input(None);
-        let shown = error.to_string();
-        let path = shown.lines().rev().find_map(|l| l.strip_prefix("in `")?.strip_suffix('`')).unwrap_or_default();
-        match unknown(error.message()) {
-            Some((key, known)) => {
-                let section = path.strip_suffix(key).unwrap_or(path).trim_end_matches('.');
-                let full = |key: &str| if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") };
-                let what = match nearest(key, &known) {
+    pub(super) fn from_mistake(text: &str, mistake: Mistake) -> Self {
+        let Mistake { span, path, what } = mistake;
+        match what {
+            What::Said(what) => Self::new(text, span, &path, what),
+            What::Unknown(key, known) => {
+                let full = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+                let what = match nearest(&key, known) {
                     Some(near) => format!("unknown key; did you mean {}?", full(near)),
                     None => format!("unknown key; known here are {}", known.join(", ")),
                 };
-                Self::new(text, span, &full(key), what)
+                Self::new(text, span, &full(&key), what)
             }
-            None => Self::new(text, span, path, error.message().trim_end()),
         }
     }
-}
-
-/// The key and its known neighbours, from serde's "unknown field `a`, expected one of `b`, `c`".
-fn unknown(message: &str) -> Option<(&str, Vec<&str>)> {
-    let mut quoted = message.strip_prefix("unknown field ")?.split('`').skip(1).step_by(2);
-    Some((quoted.next()?, quoted.collect()))
 }
 
 fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {

@@ -4,7 +4,7 @@ use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
     raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel},
-    service,
+    read, service,
 };
 use crate::tunnel::{
     Rate, RelayLimits,
@@ -28,6 +28,8 @@ const MARK: u32 = 1 << 5;
 
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
+/// Seconds: service managers kill what takes longer.
+const DRAIN_MAX: usize = 600;
 /// Mbit/s: more than any one socket carries.
 const RATE_MAX: usize = 100_000;
 /// kB: a batch of the kernel's has up to 64.
@@ -60,6 +62,7 @@ impl Default for Config {
                 external_ips: false,
                 mark: MARK,
                 max_connections: 4_096,
+                drain: 5,
             },
             balancer: BalancerConfig { default: Policy::RoundRobin },
             tunnel: TunnelConfig {
@@ -73,7 +76,7 @@ impl Default for Config {
                 relays: Vec::new(),
             },
             relay: RelayConfig { enable: false, limits: RelayLimits::default() },
-            admin: AdminConfig { socket: PathBuf::from("/run/weft.sock") },
+            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock") },
             services: Vec::new(),
         }
     }
@@ -83,7 +86,7 @@ impl Config {
     /// # Errors
     /// The first mistake in the text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let raw: RawConfig = toml::from_str(text).map_err(|e| ConfigError::from_toml(text, e))?;
+        let raw: RawConfig = read::document(text).map_err(|e| ConfigError::from_mistake(text, e))?;
         let put = Put { text };
         let mut c = Self::default();
         put.node(&mut c.node, raw.node)?;
@@ -223,7 +226,8 @@ impl Put<'_> {
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
         })?;
-        self.number(&mut c.max_connections, "proxy.max_connections", raw.max_connections, 1..=CONNECTIONS_MAX)
+        self.number(&mut c.max_connections, "proxy.max_connections", raw.max_connections, 1..=CONNECTIONS_MAX)?;
+        self.number(&mut c.drain, "proxy.drain", raw.drain, 0..=DRAIN_MAX)
     }
 
     fn tunnel(&self, c: &mut TunnelConfig, raw: RawTunnel) -> Result<(), ConfigError> {

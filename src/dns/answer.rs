@@ -2,7 +2,7 @@
 
 use super::{
     wire::{self, HEADER, Query, Reject, Reply, Section, class, flag, kind, rcode},
-    zone::{Asked, Lower, OfService, Zone, endpoint_label},
+    zone::{Asked, Lower, OfService, Zone, endpoint_label, pod_address},
 };
 use crate::{
     config::PodNames,
@@ -21,6 +21,8 @@ const CHAIN_MAX: usize = 8;
 const NAMES_MAX: usize = 32;
 /// Kubernetes DNS specification 1.1.0, section 2.2.
 const VERSION: &[u8] = b"\x051.1.0";
+/// Endpoints of one Service for which room is kept between queries.
+const SCRATCH_MAX: usize = 256;
 /// RFC 1035 section 3.3.13, the values that CoreDNS gives: nobody transfers the zone.
 const SOA_TIMES: [u32; 3] = [7200, 1800, 86_400];
 /// RFC 1035 section 4.2.2.
@@ -62,6 +64,7 @@ pub struct Answerer {
     zone: Zone,
     /// Of the endpoints of the Service at hand; empty between queries.
     addresses: Vec<(Nearness, IpAddr)>,
+    targets: Vec<Target>,
     /// Where the next list of endpoints begins: clients take the first.
     turn: usize,
 }
@@ -69,7 +72,7 @@ pub struct Answerer {
 impl Answerer {
     #[must_use]
     pub fn new(zone: Zone) -> Self {
-        Self { zone, addresses: Vec::new(), turn: 0 }
+        Self { zone, addresses: Vec::new(), targets: Vec::new(), turn: 0 }
     }
 
     /// Answers one message; `out` is overwritten.
@@ -101,6 +104,7 @@ impl Answerer {
             table,
             kind: query.kind,
             addresses: &mut self.addresses,
+            targets: &mut self.targets,
             turn: self.turn,
             owner: HEADER,
             reply: Reply::new(&query, limit, out),
@@ -147,10 +151,36 @@ struct Writer<'a, 't> {
     table: &'t Table,
     kind: u16,
     addresses: &'a mut Vec<(Nearness, IpAddr)>,
+    targets: &'a mut Vec<Target>,
     turn: usize,
     /// Where the name of the records at hand stands in the reply: the question's, or a CNAME's target.
     owner: usize,
     reply: Reply<'a>,
+}
+
+/// What one SRV record of a headless Service points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Target {
+    label: [u8; 63],
+    length: u8,
+    port: u16,
+    address: IpAddr,
+    /// Where its name stands in the reply; 0: not written.
+    at: usize,
+}
+
+impl Target {
+    fn new(endpoint: EndpointRef<'_>, pod_names: bool, port: u16) -> Self {
+        let mut room = [0; 48];
+        let name = endpoint_label(&endpoint, pod_names, &mut room).as_bytes();
+        let mut it = Self { label: [0; 63], length: name.len().min(63) as u8, port, address: endpoint.address, at: 0 };
+        it.label.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+        it
+    }
+
+    fn name(&self) -> &str {
+        std::str::from_utf8(&self.label[..self.length.into()]).unwrap_or("")
+    }
 }
 
 /// RFC 1035 section 4.1.4: 14 bits.
@@ -328,7 +358,8 @@ impl<'t> Writer<'_, 't> {
     /// where there are none.
     fn endpoint_addresses(&mut self, service: &Service, name: Option<&str>) -> Step<'t> {
         let mut addresses = std::mem::take(self.addresses);
-        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(*e, n)));
+        let address = name.and_then(pod_address);
+        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(*e, n, address)));
         addresses.extend(named.map(|e| (self.table.nearness(&self.zone.here, e), e.address)));
         addresses.sort_unstable_by_key(|(near, address)| (*address, *near));
         addresses.dedup_by_key(|(_, address)| *address);
@@ -342,6 +373,7 @@ impl<'t> Writer<'_, 't> {
             self.some_addresses(addresses.iter().map(|(_, address)| *address))
         };
         addresses.clear();
+        addresses.shrink_to(SCRATCH_MAX);
         *self.addresses = addresses;
         step
     }
@@ -350,7 +382,13 @@ impl<'t> Writer<'_, 't> {
         self.table.endpoints(&service.id).filter(|(_, e)| e.ready)
     }
 
-    fn called(&self, endpoint: EndpointRef<'_>, name: &str) -> bool {
+    /// `address` is the one that the name spells: an address is compared sooner than written.
+    fn called(&self, endpoint: EndpointRef<'_>, name: &str, address: Option<IpAddr>) -> bool {
+        let by_name = endpoint.hostname.is_some() || self.zone.pod_names && endpoint.pod.is_some();
+        let plain = endpoint.address.to_canonical() == endpoint.address;
+        if !by_name && plain && address != Some(endpoint.address) {
+            return false;
+        }
         endpoint_label(&endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
     }
 
@@ -409,29 +447,26 @@ impl<'t> Writer<'_, 't> {
 
     /// One SRV for each pair of endpoint name and port, then the addresses.
     fn headless_srv(&mut self, service: &'t Service, matches: impl Fn(&str, Protocol) -> bool) {
-        let pod_names = self.zone.pod_names;
-        let mut targets: Vec<(u16, EndpointRef<'t>, [u8; 48])> = Vec::new();
+        let mut targets = std::mem::take(self.targets);
         for (slice, endpoint) in self.ready(service) {
-            for port in slice.ports.iter().filter(|p| matches(&p.name, p.protocol)) {
-                targets.push((port.number, endpoint, [0; 48]));
-            }
+            let named = slice.ports.iter().filter(|p| matches(&p.name, p.protocol));
+            targets.extend(named.map(|p| Target::new(endpoint, self.zone.pod_names, p.number)));
         }
-        let mut named: Vec<(&str, u16, IpAddr)> =
-            targets.iter_mut().map(|(port, e, room)| (endpoint_label(e, pod_names, room), *port, e.address)).collect();
-        named.sort_unstable();
-        named.dedup();
-        let same = |a: &(&str, u16, IpAddr), b: &(&str, u16, IpAddr)| (a.0, a.1) == (b.0, b.1);
-        let count = named.chunk_by(same).count();
-        let mut glue: Vec<(&str, IpAddr, usize)> = Vec::new();
-        for group in named.chunk_by(same) {
-            let Some(at) = self.srv(service, Some(group[0].0), group[0].1, count) else { break };
-            glue.extend(group.iter().map(|(name, _, address)| (*name, *address, at)));
+        targets.sort_unstable();
+        targets.dedup();
+        let same = |a: &Target, b: &Target| (a.name(), a.port) == (b.name(), b.port);
+        let count = targets.chunk_by(same).count();
+        for group in targets.chunk_by_mut(same) {
+            let Some(at) = self.srv(service, Some(group[0].name()), group[0].port, count) else { break };
+            group.iter_mut().for_each(|t| (t.port, t.at) = (0, at));
         }
-        glue.sort_unstable();
-        glue.dedup_by_key(|(name, address, _)| (*name, *address));
-        for (_, address, at) in glue {
-            self.glue(at, address);
-        }
+        targets.retain(|t| t.at > 0);
+        targets.sort_unstable();
+        targets.dedup_by(|a, b| (a.name(), a.address) == (b.name(), b.address));
+        targets.iter().for_each(|t| self.glue(t.at, t.address));
+        targets.clear();
+        targets.shrink_to(SCRATCH_MAX);
+        *self.targets = targets;
     }
 
     /// Writes one SRV record and says where its target's name stands. The target is not compressed (RFC 2782).
@@ -460,14 +495,13 @@ impl<'t> Writer<'_, 't> {
             self.record(Section::Answer, kind::PTR, |out| service_name(out, service, None, zone));
             return Step::Done;
         }
+        let table = self.table;
         let told = |(s, e): &(&Service, EndpointRef<'_>)| e.ready && zone.shows(&s.id.namespace);
-        let all = || self.table.by_endpoint(address).filter(told).take(NAMES_MAX);
-        let names: Vec<(&Service, EndpointRef<'_>)> = all()
-            .enumerate()
-            .filter(|(i, (s, e))| !all().take(*i).any(|(t, f)| s.id == t.id && e.hostname == f.hostname))
-            .map(|(_, told)| told)
-            .collect();
-        for (service, endpoint) in names {
+        let all = || table.by_endpoint(address).filter(told).take(NAMES_MAX);
+        for (i, (service, endpoint)) in all().enumerate() {
+            if all().take(i).any(|(s, e)| s.id == service.id && e.hostname == endpoint.hostname) {
+                continue;
+            }
             some = true;
             if self.kind != kind::PTR {
                 break;

@@ -160,7 +160,7 @@ fn protocol(label: &str) -> Option<Protocol> {
 }
 
 /// `10-244-3-5` or `fd00-244--3-5`.
-fn pod_address(label: &str) -> Option<IpAddr> {
+pub fn pod_address(label: &str) -> Option<IpAddr> {
     let mut text = [0; 63];
     let text = text.get_mut(..label.len())?;
     for (to, from) in text.iter_mut().zip(label.bytes()) {

@@ -226,6 +226,7 @@ mod tests {
             external_ips: false,
             mark: 1,
             max_connections: 10,
+            drain: 0,
         }
     }
 

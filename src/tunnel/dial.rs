@@ -70,8 +70,9 @@ impl Node {
         if peer.dialing.is_some() || peer.want.is_some() {
             return;
         }
+        let bare = peer.paths.take_bare();
         let cached = peer.paths.current().is_none();
-        let known = peer.paths.current().or_else(|| {
+        let known = peer.paths.current().or(bare).or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
             peer.paths.last_good().filter(|_| alone).map(Path::to)
@@ -205,7 +206,19 @@ impl Node {
             self.open_waiting(slot);
         }
         self.accept_streams(index);
+        if !dialed {
+            self.outdate(now, &name, born);
+        }
         self.make_room(now, index);
+    }
+
+    /// The peer has dialled, which it does not while it has a connection: those that it dialled before are of before
+    /// its restart, or it has given them up. Of a client's first moments no stateless reset would ever tell us.
+    fn outdate(&mut self, now: Instant, name: &str, born: Instant) {
+        let accepted = |s: &Slot| s.role == Role::Accepted && s.born < born;
+        let mut old = self.slots_of(name);
+        old.retain(|at| self.slots.get(*at).is_some_and(accepted));
+        old.into_iter().for_each(|at| self.close(now, at, "the peer has dialled anew"));
     }
 
     /// The connection that was of no use for longest makes room for this one; where all carry streams, there is none.
@@ -249,7 +262,15 @@ impl Node {
                 Role::Registered => {}
             }
         }
+        let name = slot.peer.clone().filter(|_| matches!(reason, ConnectionError::Reset));
         self.lose(now, index, &why);
+        // It was restarted. What else we have with it may have fallen silent long ago, and its next probe be far off.
+        for other in name.map(|name| self.slots_of(&name)).unwrap_or_default() {
+            if let Some(slot) = self.slots.get_mut(other) {
+                slot.conn.ping();
+                self.touch(other);
+            }
+        }
     }
 
     /// This connection is of no more use, whoever ended it.

@@ -5,7 +5,7 @@
 
 use super::{
     frame::{Cursor, put_address},
-    keys::{KEY_LEN, Key, TAG_LEN, derive, extract},
+    keys::{KEY_LEN, Key, TAG_LEN, derive, extract, fill},
 };
 use chacha20poly1305::{AeadInPlace, KeyInit, XChaCha20Poly1305, XNonce};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
@@ -154,7 +154,7 @@ impl DiscoKeys {
         let mut out = vec![DISCO];
         out.extend_from_slice(&self.out_id.to_be_bytes());
         let mut nonce = [0; NONCE];
-        rng.fill(&mut nonce);
+        fill(rng, &mut nonce);
         out.extend_from_slice(&nonce);
         let mut body = message.encode();
         match self.seal.encrypt_in_place_detached(XNonce::from_slice(&nonce), &out[..9], &mut body) {

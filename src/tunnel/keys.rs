@@ -265,6 +265,13 @@ impl crypto::AeadKey for TokenAead {
     }
 }
 
+/// Random bytes, the same of a seed on machines of either byte order (`fastrand::Rng::fill` takes the machine's).
+pub(super) fn fill(rng: &mut fastrand::Rng, out: &mut [u8]) {
+    for chunk in out.chunks_mut(8) {
+        chunk.copy_from_slice(&rng.u64(..).to_le_bytes()[..chunk.len()]);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

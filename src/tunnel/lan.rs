@@ -5,7 +5,7 @@
 
 use super::{
     identity::Certificate,
-    keys::{Key, TAG_LEN, derive},
+    keys::{Key, TAG_LEN, derive, fill},
     node::{Node, Output},
     path::{Path, Way},
 };
@@ -85,7 +85,7 @@ impl Lan {
     fn seal(&self, asks: bool, certificate: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
         let mut out = vec![BEACON];
         let mut nonce = [0; NONCE];
-        rng.fill(&mut nonce);
+        fill(rng, &mut nonce);
         out.extend_from_slice(&nonce);
         let mut body = vec![u8::from(asks)];
         body.extend_from_slice(certificate);

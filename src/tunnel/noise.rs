@@ -12,7 +12,7 @@ use super::{
     frame::Cursor,
     gate::varint,
     identity::{CaPublic, Certificate},
-    keys::{KEY_LEN, Key, TAG_LEN, derive, expand, initial_keys, keys, mac, packet_pair},
+    keys::{KEY_LEN, Key, TAG_LEN, derive, expand, fill, initial_keys, keys, mac, packet_pair},
 };
 use quinn_proto::{
     ConnectError, ConnectionId, Side, TransportError, TransportErrorCode,
@@ -157,7 +157,7 @@ struct SeededRng(fastrand::Rng);
 
 impl snow::types::Random for SeededRng {
     fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        self.0.fill(dest);
+        fill(&mut self.0, dest);
         Ok(())
     }
 }

@@ -35,6 +35,7 @@ impl Ports {
             *at = now;
             return *number;
         }
+        self.sent.retain(|_, (_, at)| now < *at + EXPIRY);
         if self.sent.len() >= SENT_MAX {
             let oldest = self.sent.iter().min_by_key(|(_, (_, at))| *at).map(|(to, _)| *to);
             oldest.and_then(|to| self.sent.remove(&to));

@@ -50,6 +50,8 @@ const DEAD_AFTER: Duration = Duration::from_secs(3);
 const NUDGE: Duration = Duration::from_millis(250);
 /// PINGs without a PONG that are remembered; the oldest is forgotten.
 const PROBES_MAX: usize = 256;
+/// A PONG that takes longer proves nothing of use, and its PING is forgotten.
+const PONG_WAIT: Duration = Duration::from_secs(5);
 /// While a path is in use that is direct and not by the preferred uplink, or not of the best rank that the peer has.
 const BY_UPLINK: Duration = Duration::from_secs(30);
 const BY_RANK: Duration = Duration::from_secs(300);
@@ -162,6 +164,16 @@ impl Paths {
 
     pub(super) fn relay(&self) -> Option<Path> {
         self.relay
+    }
+
+    /// A direct path with no relay beside it, while there is no connection: it may have died unseen, since nobody could
+    /// ask the peer to open its NAT. From now on it is a guess.
+    pub(super) fn take_bare(&mut self) -> Option<Path> {
+        if self.relay.is_some() {
+            return None;
+        }
+        (self.suspect, self.silent_since) = (false, None);
+        self.current.take()
     }
 
     /// The way that the data takes now, where it takes no relay's.
@@ -325,10 +337,17 @@ impl Paths {
         });
         let silence = self.silent_since.map(|at| at + if self.suspect { DEAD_AFTER } else { SUSPECT_AFTER });
         let ping = self.next_ping.filter(|_| matches!(self.current, Some(Path::Direct(_))));
-        [round, silence, ping, self.next_round].into_iter().flatten().min()
+        let stale = self.probes.back().map(|(_, _, sent)| *sent + PONG_WAIT);
+        [round, silence, ping, stale, self.next_round].into_iter().flatten().min()
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        while self.probes.front().is_some_and(|(_, _, sent)| now >= *sent + PONG_WAIT) {
+            self.probes.pop_front();
+        }
+        if self.probes.is_empty() {
+            self.probes = VecDeque::new(); // a thousand idle peers keep no buffers
+        }
         self.watch_silence(now, out);
         self.run_round(now, rng, out);
         self.keep_alive(now, rng, out);
@@ -404,8 +423,8 @@ impl Paths {
         if self.next_ping.is_some() {
             self.silent_since.get_or_insert(now);
             self.ping(now, to, rng, out);
-        } else if self.relay.is_some() {
-            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay.
+        } else {
+            // From now on nobody knows whether the mapping still holds: who comes back begins on the relay, or asks.
             self.current = self.relay;
         }
     }
@@ -569,5 +588,22 @@ mod tests {
         }
         assert!((20..=26).contains(&pings), "{pings}: 10 in the busy 10 s, then one each 25 s up to 300 s");
         assert_eq!(m.paths.poll_timeout(), None);
+        assert_eq!(m.paths.current(), Some(RELAY));
+    }
+
+    #[test]
+    fn a_path_that_is_left_alone_and_has_no_relay_beside_it_is_none_any_more() {
+        let mut m = Machine::new();
+        let address = m.direct("11.0.0.1:5");
+        assert!(!m.paths.set_relay(None));
+        assert_eq!(m.paths.current(), Some(Path::Direct(address)));
+        for _ in 0..400 {
+            for (_, what) in m.run(SEC) {
+                if let Do::Ping { txid, .. } = what {
+                    m.paths.ponged(m.now, txid, &mut Vec::new());
+                }
+            }
+        }
+        assert_eq!((m.paths.current(), m.paths.last_good()), (None, Some(address.remote)));
     }
 }

@@ -64,6 +64,8 @@ pub(super) struct Slot {
     pub(super) alive: Instant,
     /// Nothing has come since, though something was to be acknowledged.
     pub(super) cut_off: bool,
+    /// It is not known yet by what we would recognize that the peer was restarted.
+    unguarded: bool,
     /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
     pub(super) stranded: bool,
     /// When the last stream ended.
@@ -89,6 +91,7 @@ impl Slot {
     pub(super) fn new(now: Instant, begin: Begin) -> Self {
         let Begin { made: (handle, conn), remote, role, path, first_dcid, terms: (windows, on_link) } = begin;
         Self {
+            unguarded: role == Role::Accepted,
             handle,
             conn,
             remote,
@@ -140,6 +143,11 @@ impl Slot {
         let before = due.then(|| opened(&self.conn));
         let rtt = self.conn.rtt();
         self.conn.handle_event(event);
+        // A client's first ID comes without a token for a stateless reset (RFC 9000 section 18.2), its others with one.
+        if self.unguarded && self.conn.stats().frame_rx.new_connection_id > 0 {
+            self.unguarded = false;
+            self.conn.local_address_changed();
+        }
         // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
         let spans = due && self.conn.rtt() > rtt * 2 + PULSE / 4;
         if spans || self.conn.rtt() > RTT_MOST {

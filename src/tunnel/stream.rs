@@ -184,6 +184,12 @@ impl Handle {
         self.0.node().relay_views()
     }
 
+    /// What kind of NAT is between us and the relays, in RFC 4787's words.
+    #[must_use]
+    pub fn nat(&self) -> String {
+        self.0.node().mapping().to_string()
+    }
+
     /// What is worth knowing of peers after a restart; at most 1,000.
     #[must_use]
     pub fn remembered(&self) -> Vec<Remembered> {

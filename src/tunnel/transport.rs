@@ -41,6 +41,10 @@ const MTU_MOST: u16 = 1452;
 /// Random bytes of a client's first DCID behind the hint: 16 in all, RFC 9000 section 7.2 asks for 8.
 const DCID_LEN: usize = 16;
 
+/// Between stateless resets. After a restart all our peers wait for theirs, and each is no longer than what it answers;
+/// with quinn's 20 ms most of those who ask at the same time would not be told.
+const RESET_GAP: Duration = Duration::from_millis(1);
+
 /// What every connection of a node shares.
 pub(super) struct Transport {
     pub(super) local: Arc<Local>,
@@ -104,6 +108,7 @@ impl Transport {
         // The gate lets in only the epochs that we hold a psk for.
         config
             .grease_quic_bit(false)
+            .min_reset_interval(RESET_GAP)
             .supported_versions((0..=u8::MAX).map(version).collect())
             .rng_seed(seed)
             .cid_generator(move || {

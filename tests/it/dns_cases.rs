@@ -35,6 +35,11 @@ fn conformance_table() {
 }
 
 #[test]
+fn conformance_table_by_list_and_watch() {
+    conformance(By::ListWatch);
+}
+
+#[test]
 fn conformance_table_from_manifests() {
     conformance(By::Manifests);
 }

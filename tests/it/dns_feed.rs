@@ -1,8 +1,9 @@
-//! How the conformance table's fixture gets into the table: as objects, as a watch brings them; or as the file that
-//! kubectl prints, through the driver of manifests.
+//! How the conformance table's fixture gets into the table: as objects; as an API server's lists and watches; or as the
+//! file that kubectl prints, through the driver of manifests.
 
 use crate::{
     cli::{TempDir, temp_dir},
+    dns_api::{Api, Event},
     dns_fixture::{name, pod, service, slice},
     json::Json,
 };
@@ -22,6 +23,7 @@ use weft::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
     Objects,
+    ListWatch,
     Manifests,
 }
 
@@ -29,7 +31,14 @@ pub(crate) enum By {
 pub(crate) struct Fed {
     pub(crate) table: Rc<Writer<Table>>,
     cfg: DnsConfig,
-    files: Option<Files>,
+    feed: Feed,
+}
+
+enum Feed {
+    Objects,
+    /// With what it holds: kind, namespace and name -> the object as JSON.
+    Api(Api, BTreeMap<String, String>),
+    Files(Files),
 }
 
 struct Files {
@@ -67,27 +76,42 @@ impl Fed {
     /// A table that waits for its first list.
     pub(crate) fn new(by: By, cfg: &DnsConfig) -> Self {
         let table = Rc::new(Writer::new(Table::default()));
-        let files = (by == By::Manifests).then(|| {
-            let dir = temp_dir();
-            let driver = manifests(&dir, &table, cfg);
-            Files { dir, driver, items: BTreeMap::new() }
-        });
-        if files.is_none() {
-            table.update(|t| t.apply(Change::Begin(Source::Api)));
+        let feed = match by {
+            By::Objects => Feed::Objects,
+            By::ListWatch => Feed::Api(Api::new(cfg), BTreeMap::new()),
+            By::Manifests => {
+                let dir = temp_dir();
+                let driver = manifests(&dir, &table, cfg);
+                Feed::Files(Files { dir, driver, items: BTreeMap::new() })
+            }
+        };
+        if !matches!(feed, Feed::Files(_)) {
+            table.update(|t| t.expect(Source::Api));
         }
-        Self { table, cfg: cfg.clone(), files }
+        Self { table, cfg: cfg.clone(), feed }
     }
 
     /// The first list.
     pub(crate) fn fill(&mut self, fixture: &Json) {
-        self.apply(fixture);
-        self.table.update(|t| t.apply(Change::Complete(Source::Api)));
+        match &mut self.feed {
+            Feed::Objects => {
+                self.table.update(|t| t.apply(Change::Begin(Source::Api)));
+                self.apply(fixture);
+                self.table.update(|t| t.apply(Change::Complete(Source::Api)));
+            }
+            Feed::Api(api, items) => {
+                items.extend(json(fixture));
+                let all: Vec<(String, String)> = items.clone().into_iter().collect();
+                api.list(&self.table, &all);
+            }
+            Feed::Files(_) => self.apply(fixture),
+        }
     }
 
     pub(crate) fn apply(&mut self, objects: &Json) {
-        let each = |key: &str| objects[key].list().to_vec();
-        match &mut self.files {
-            None => self.table.update(|t| {
+        match &mut self.feed {
+            Feed::Objects => self.table.update(|t| {
+                let each = |key: &str| objects[key].list().to_vec();
                 let services = each("services").into_iter().map(|s| Object::Service(service(&s)));
                 let slices = each("slices").into_iter().map(|s| Object::Slice(slice(&s)));
                 let pods = each("pods").into_iter().map(|p| Object::Pod(pod(&p)));
@@ -95,10 +119,15 @@ impl Fed {
                     t.apply(Change::Apply(Source::Api, object));
                 }
             }),
-            Some(files) => {
-                files.items.extend(each("services").iter().map(service_json));
-                files.items.extend(each("slices").iter().map(slice_json));
-                files.items.extend(each("pods").iter().map(pod_json));
+            Feed::Api(api, items) => {
+                for (key, item) in json(objects) {
+                    let event = if items.contains_key(&key) { Event::Modified } else { Event::Added };
+                    api.event(&self.table, event, &item);
+                    items.insert(key, item);
+                }
+            }
+            Feed::Files(files) => {
+                files.items.extend(json(objects));
                 files.write();
             }
         }
@@ -109,8 +138,12 @@ impl Fed {
             let text = |pair: &Json, i: usize| pair.list()[i].text().to_owned();
             which[key].list().iter().map(|pair| (text(pair, 0), text(pair, 1))).collect()
         };
-        match &mut self.files {
-            None => self.table.update(|t| {
+        let keys: Vec<String> = [("Service", "services"), ("EndpointSlice", "slices")]
+            .into_iter()
+            .flat_map(|(kind, key)| pairs(key).into_iter().map(move |(ns, own)| format!("{kind} {ns}/{own}")))
+            .collect();
+        match &mut self.feed {
+            Feed::Objects => self.table.update(|t| {
                 for (ns, own) in pairs("services") {
                     let id = ServiceId { namespace: name(&ns), name: name(&own) };
                     t.apply(Change::Delete(Source::Api, ObjectId::Service(id)));
@@ -120,11 +153,14 @@ impl Fed {
                     t.apply(Change::Delete(Source::Api, ObjectId::Slice(id)));
                 }
             }),
-            Some(files) => {
-                for (kind, key) in [("Service", "services"), ("EndpointSlice", "slices")] {
-                    for (ns, own) in pairs(key) {
-                        assert!(files.items.remove(&format!("{kind} {ns}/{own}")).is_some());
-                    }
+            Feed::Api(api, items) => {
+                for key in keys {
+                    api.event(&self.table, Event::Deleted, &items.remove(&key).unwrap());
+                }
+            }
+            Feed::Files(files) => {
+                for key in keys {
+                    assert!(files.items.remove(&key).is_some());
                 }
                 files.write();
             }
@@ -142,16 +178,23 @@ impl Fed {
             bytes
         });
         let table = Rc::new(Writer::new(Table::default()));
-        let source = if self.files.is_some() { Source::Manifests } else { Source::Api };
+        let source = if matches!(self.feed, Feed::Files(_)) { Source::Manifests } else { Source::Api };
         table.update(|t| {
             t.expect(source);
             snapshot::open(bytes).unwrap().restore(t, &[source])
         });
-        if let Some(files) = &mut self.files {
+        if let Feed::Files(files) = &mut self.feed {
             files.driver = manifests(&files.dir, &table, &self.cfg);
         }
         self.table = table;
     }
+}
+
+/// Each as the API server has it, under its kind, namespace and name.
+fn json(objects: &Json) -> Vec<(String, String)> {
+    let each = |key: &str| objects[key].list().iter();
+    let slices = each("slices").map(slice_json);
+    each("services").map(service_json).chain(slices).chain(each("pods").map(pod_json)).collect()
 }
 
 fn quoted(text: &str) -> String {

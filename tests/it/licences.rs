@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     process::Command,
 };
+use toml::de::{DeTable, DeValue};
 
 /// Permissive, and none asks for more than its text. GPL and MPL stay out: the executable is linked statically.
 const ALLOWED: [&str; 11] = [
@@ -181,13 +182,16 @@ fn no_crate_is_there_twice_without_a_reason() {
 #[test]
 fn cargo_deny_is_told_the_same() {
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/config/deny.toml")).unwrap();
-    let deny: toml::Table = toml::from_str(&text).unwrap();
-    let strings = |value: &toml::Value, key: Option<&str>| -> BTreeSet<String> {
+    let deny = DeTable::parse(&text).unwrap().into_inner();
+    let strings = |value: &DeValue<'_>, key: Option<&str>| -> BTreeSet<String> {
         let items = value.as_array().unwrap().iter();
-        items.map(|item| key.map_or(item, |key| &item[key]).as_str().unwrap().to_owned()).collect()
+        items.map(|item| key.map_or(item, |key| &item.get_ref()[key]).get_ref().as_str().unwrap().to_owned()).collect()
     };
-    assert_eq!(strings(&deny["licenses"]["allow"], None), ALLOWED.map(str::to_owned).into());
-    assert_eq!(strings(&deny["bans"]["skip"], Some("crate")), DOUBLES.map(|(name, _)| name.to_owned()).into());
+    assert_eq!(strings(deny["licenses"].get_ref()["allow"].get_ref(), None), ALLOWED.map(str::to_owned).into());
+    assert_eq!(
+        strings(deny["bans"].get_ref()["skip"].get_ref(), Some("crate")),
+        DOUBLES.map(|(name, _)| name.to_owned()).into()
+    );
 }
 
 #[test]

@@ -4,12 +4,17 @@
 mod cli;
 mod config;
 mod dns;
+mod dns_allocations;
+mod dns_api;
 mod dns_cases;
 mod dns_feed;
 mod dns_fixture;
 mod dns_mutations;
 mod dns_tcp;
 mod dns_world;
+#[allow(dead_code, unreachable_pub)]
+#[path = "../sim/heap.rs"]
+mod heap;
 mod json;
 mod kube_cases;
 mod kube_meta;

@@ -31,12 +31,15 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         external_ips: false,
         mark: 0,
         max_connections,
+        drain: 0,
     };
     let (table, counters) = (Writer::new(Table::default()), Rc::new(ProxyCounters::default()));
     let here = Here { node: "here".into(), ..Here::default() };
     let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1));
     let (reader, clock) = (table.reader(), Clock::new(0));
-    let proxy = Proxy::bind(&cfg, LOOPBACK, here, balancer, reader, None, counters.clone(), clock).unwrap();
+    let proxy =
+        Proxy::bind(&cfg, LOOPBACK, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)
+            .unwrap();
     let to = SocketAddr::new(LOOPBACK, proxy.port());
     let asked = async {
         let mut ends = Vec::new();

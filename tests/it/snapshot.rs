@@ -51,7 +51,7 @@ impl Kept {
             node: node.into(),
             cluster,
             table: table.reader(),
-            tunnel: None,
+            tunnel: Writer::new(None).reader(),
             clock: Clock::new(BUILT),
             pace,
         };

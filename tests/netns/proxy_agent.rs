@@ -110,6 +110,7 @@ fn main() {
             external_ips: false,
             mark: 0x4000_0000,
             max_connections: 2_000,
+            drain: 0,
         };
         let table = Writer::new(Table::default());
         table.update(|t| t.apply(Change::Begin(Source::Config)));
@@ -117,7 +118,9 @@ fn main() {
         let here = Here { node: "here".into(), ..Here::default() };
         let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::new());
         let reader = table.reader();
-        let proxy = Proxy::bind(&cfg, listen, here, balancer, reader, None, counters.clone(), clock).unwrap();
+        let proxy =
+            Proxy::bind(&cfg, listen, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)
+                .unwrap();
         let dns = Async::new(sys::udp_socket(&SocketAddr::new(listen, 0)).unwrap()).unwrap();
         let ports = Ports {
             proxy: Some(proxy.port()),

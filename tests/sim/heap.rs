@@ -1,4 +1,5 @@
-//! How many bytes this thread has allocated and not freed: each world lives in one thread.
+//! How many bytes this thread has allocated and not freed, and how often it has allocated: each world lives in one
+//! thread.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -7,6 +8,7 @@ use std::{
 
 thread_local! {
     static HELD: Cell<isize> = const { Cell::new(0) };
+    static CALLS: Cell<usize> = const { Cell::new(0) };
 }
 
 struct Counting;
@@ -14,6 +16,9 @@ struct Counting;
 fn count(bytes: isize) {
     // A thread that ends frees more than it can count.
     let _ = HELD.try_with(|held| held.set(held.get() + bytes));
+    if bytes > 0 {
+        let _ = CALLS.try_with(|calls| calls.set(calls.get() + 1));
+    }
 }
 
 // Every call is handed to the system's allocator as it is.
@@ -40,4 +45,10 @@ static COUNTING: Counting = Counting;
 
 pub fn held() -> isize {
     HELD.get()
+}
+
+/// Since the thread began; of a buffer that grows each time.
+#[allow(dead_code)]
+pub fn allocations() -> usize {
+    CALLS.get()
 }

@@ -5,6 +5,7 @@ use crate::{
     nat::Kind,
     pair::{SEC, seeds},
     traffic::{State, Traffic},
+    world::World,
 };
 
 /// Two nodes and relays; a stream from the first to the second is open.
@@ -35,14 +36,22 @@ fn reaches(stage: &mut Stage, traffic: &mut Traffic, from: usize, to: usize, sec
 #[test]
 fn a_restarted_peer_that_dials_first_ends_the_streams_of_before() {
     for seed in seeds(10) {
-        let (mut stage, mut traffic, a, b) = pair(seed, Kind::SymmetricRandom, 1);
-        stage.apply(&Fault::Crash { host: b, remembers: false });
-        traffic.crashed(b);
-        // Its new connection and the dead one share a path.
-        assert!(reaches(&mut stage, &mut traffic, b, a, 5), "seed {seed}");
-        traffic.flush(&mut stage.world);
-        let told = |t: &mut Traffic, _: &mut _| matches!(t.flows[0].state, State::Broken(_));
-        assert!(traffic.run(&mut stage.world, 8 * SEC, told), "seed {seed}: {}", traffic.flows[0]);
+        // Whose handshake it was must make no difference.
+        for swap in [false, true] {
+            let (mut stage, mut traffic, a, b) = pair(seed, Kind::SymmetricRandom, 1);
+            let (stays, restarts) = if swap { (b, a) } else { (a, b) };
+            traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+            let flow = traffic.open(&mut stage.world, &stage.names, stays, restarts, 5000);
+            traffic.run(&mut stage.world, SEC, |_, _| false);
+            assert_eq!(traffic.flows[flow].state, State::Live, "seed {seed}, {swap}");
+            stage.apply(&Fault::Crash { host: restarts, remembers: false });
+            traffic.crashed(restarts);
+            // Its new connection and the dead one share a path.
+            assert!(reaches(&mut stage, &mut traffic, restarts, stays, 5), "seed {seed}, {swap}");
+            traffic.flush(&mut stage.world);
+            let told = |t: &mut Traffic, _: &mut _| matches!(t.flows[flow].state, State::Broken(_));
+            assert!(traffic.run(&mut stage.world, 8 * SEC, told), "seed {seed}, {swap}: {}", traffic.flows[flow]);
+        }
     }
 }
 
@@ -153,5 +162,82 @@ fn two_nodes_that_prefer_different_relays_do_not_chase_each_other() {
         }
         let bytes = stage.world.sent.values().sum::<u64>() - before;
         assert!(bytes < 400_000, "seed {seed}: {bytes} bytes for 10 kB");
+    }
+}
+
+#[test]
+fn a_peer_that_is_restarted_in_its_first_moment_ends_the_streams_of_before() {
+    for seed in seeds(10) {
+        let mut stage = Stage::new(seed, 1);
+        let (a, b) = (stage.add(Kind::SymmetricRandom, None), stage.add(Kind::SymmetricRandom, None));
+        let mut traffic = Traffic::default();
+        traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+        let handshakes = |w: &World| w.hosts[a].count.handshakes.get();
+        let before = handshakes(&stage.world);
+        traffic.open(&mut stage.world, &stage.names, b, a, 5000);
+        assert!(traffic.run(&mut stage.world, 5 * SEC, |_, w| handshakes(w) > before), "seed {seed}");
+        let flow = traffic.open(&mut stage.world, &stage.names, a, b, 5000);
+        // Nothing that would tell a restart comes any more.
+        stage.apply(&Fault::Cut(a));
+        stage.apply(&Fault::Crash { host: b, remembers: false });
+        traffic.crashed(b);
+        traffic.run(&mut stage.world, SEC, |_, _| false);
+        stage.apply(&Fault::Mend(a));
+        assert!(reaches(&mut stage, &mut traffic, b, a, 10), "seed {seed}");
+        let told = |t: &mut Traffic, _: &mut _| matches!(t.flows[flow].state, State::Broken(_));
+        assert!(traffic.run(&mut stage.world, SEC, told), "seed {seed}: {}", traffic.flows[flow]);
+    }
+}
+
+#[test]
+fn a_restart_of_the_peer_ends_all_connections_with_it_at_once() {
+    for seed in seeds(10) {
+        let mut stage = Stage::new(seed, 1);
+        let (a, b) = (stage.add(Kind::PortRestricted, None), stage.add(Kind::PortRestricted, None));
+        let mut traffic = Traffic::default();
+        traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+        // Both dial, and streams go on in both connections.
+        for (from, to) in [(a, b), (b, a)] {
+            traffic.open(&mut stage.world, &stage.names, from, to, 5000);
+        }
+        traffic.run(&mut stage.world, 4 * SEC, |_, _| false);
+        assert!(traffic.flows.iter().all(|f| f.state == State::Live), "seed {seed}");
+        let sizes = |w: &World| (w.hosts[a].node.sizes().slots, w.hosts[a].node.sizes().streams);
+        assert_eq!(sizes(&stage.world), (2, 2), "seed {seed}");
+        stage.apply(&Fault::Crash { host: b, remembers: false });
+        traffic.crashed(b);
+        stage.apply(&Fault::Cut(b));
+        traffic.flush(&mut stage.world);
+        traffic.run(&mut stage.world, 15 * SEC, |_, _| false);
+        stage.apply(&Fault::Mend(b));
+        assert!(
+            traffic.run(&mut stage.world, 30 * SEC, |_, w| sizes(w).1 < 2),
+            "seed {seed}: {:?}",
+            sizes(&stage.world)
+        );
+        assert!(traffic.run(&mut stage.world, SEC, |_, w| sizes(w).1 == 0), "seed {seed}: {:?}", sizes(&stage.world));
+    }
+}
+
+#[test]
+fn a_direct_path_that_nobody_kept_open_is_not_relied_on() {
+    for seed in seeds(10) {
+        for rest in [100, 600] {
+            let (mut stage, mut traffic, a, b) = pair(seed, Kind::PortRestricted, 1);
+            traffic.flush(&mut stage.world);
+            traffic.run(&mut stage.world, 5 * SEC, |_, _| false);
+            assert_eq!(stage.path(a, b), "direct", "seed {seed}");
+            // The relay knows of no flow between the two any more, and they have no connection that would ask for one.
+            traffic.run(&mut stage.world, rest * SEC, |_, _| false);
+            stage.apply(&Fault::Crash { host: stage.relays[0].host, remembers: false });
+            for host in [a, b] {
+                let nat = stage.world.hosts[host].nats[0];
+                stage.apply(&Fault::Rebind { host, nat, moves: false });
+            }
+            traffic.run(&mut stage.world, rest * SEC, |_, _| false);
+            let flow = traffic.open(&mut stage.world, &stage.names, a, b, 5000);
+            let live = |t: &mut Traffic, _: &mut _| t.flows[flow].state == State::Live;
+            assert!(traffic.run(&mut stage.world, 2 * SEC, live), "seed {seed}, {rest} s: {}", traffic.flows[flow]);
+        }
     }
 }

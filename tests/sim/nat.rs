@@ -1,7 +1,7 @@
 //! NATs in RFC 4787's words: a mapping, a filter, an expiry.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -91,8 +91,8 @@ struct Entry {
     /// The destination that the mapping is for; None: any.
     key: Option<SocketAddr>,
     port: u16,
-    /// Who was sent to.
-    sent: BTreeSet<SocketAddr>,
+    /// Who was sent to, and when.
+    sent: BTreeMap<SocketAddr, Instant>,
     used: Instant,
 }
 
@@ -121,7 +121,10 @@ impl Nat {
         rng: &mut fastrand::Rng,
     ) -> SocketAddr {
         let expiry = self.expiry;
-        self.entries.retain(|e| now < e.used + expiry);
+        self.entries.retain_mut(|e| {
+            e.sent.retain(|_, at| now < *at + expiry);
+            now < e.used + expiry
+        });
         let key = match self.mapping {
             Mapping::Same | Mapping::Independent => None,
             Mapping::AddressDependent => Some(SocketAddr::new(to.ip(), 0)),
@@ -129,7 +132,7 @@ impl Nat {
         };
         if let Some(entry) = self.entries.iter_mut().find(|e| e.inside == inside && e.key == key) {
             entry.used = now;
-            entry.sent.insert(to);
+            entry.sent.insert(to, now);
             return SocketAddr::new(self.public, entry.port);
         }
         let taken = |port| self.entries.iter().any(|e| e.port == port);
@@ -146,7 +149,7 @@ impl Nat {
                 break port;
             }
         };
-        self.entries.push(Entry { inside, key, port, sent: [to].into(), used: now });
+        self.entries.push(Entry { inside, key, port, sent: [(to, now)].into(), used: now });
         SocketAddr::new(self.public, port)
     }
 
@@ -156,8 +159,8 @@ impl Nat {
         let entry = self.entries.iter_mut().find(|e| e.port == port && now < e.used + expiry)?;
         let passes = match filter {
             Filter::Independent => true,
-            Filter::AddressDependent => entry.sent.iter().any(|a| a.ip() == from.ip()),
-            Filter::PortDependent => entry.sent.contains(&from),
+            Filter::AddressDependent => entry.sent.iter().any(|(to, at)| to.ip() == from.ip() && now < *at + expiry),
+            Filter::PortDependent => entry.sent.get(&from).is_some_and(|at| now < *at + expiry),
         };
         passes.then_some(entry.inside)
     }

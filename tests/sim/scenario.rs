@@ -270,10 +270,10 @@ fn write(stage: &Stage, rng: &mut fastrand::Rng) -> (Script, Harm) {
         let (from, to) = pick(rng);
         let bytes = rng.usize(1..4000) * if rng.u8(..8) == 0 { 20 } else { 1 };
         script.push((at, What::Open { from, to, bytes, both: rng.u8(..3) == 0 }));
-        at += match rng.u8(..20) {
-            0..=10 => millis(rng, 0..1500),
-            11..=17 => millis(rng, 1500..9000),
-            18 => millis(rng, 9000..40_000),
+        at += match rng.u8(..40) {
+            0..=22 => millis(rng, 0..1500),
+            23..=37 => millis(rng, 1500..9000),
+            38 => millis(rng, 9000..40_000),
             _ => millis(rng, 40_000..200_000),
         };
         script.extend(draw(stage, rng).into_iter().map(|(after, fault)| (at + after, What::Fault(fault))));

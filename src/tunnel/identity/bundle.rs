@@ -1,10 +1,12 @@
 //! The one file that makes a machine a node: certificate, key, CA, psk and the relays.
 
 use super::{CaPublic, Certificate, KeyPair, Psk, Roles, Secret, node_name, utc};
-use crate::config::RelayName;
+use crate::config::{
+    RelayName,
+    read::{self, Mistake, tables},
+};
 use anyhow::{Context, bail, ensure};
 use data_encoding::BASE64;
-use serde::Deserialize;
 use std::fmt::Write;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -33,32 +35,26 @@ pub struct BundleRelay {
     pub certificate: Certificate,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawBundle {
-    version: u8,
-    certificate: String,
-    private_key: Option<String>,
-    ca: String,
-    #[serde(default)]
-    psk: Vec<RawPsk>,
-    #[serde(default)]
-    relays: Vec<RawRelay>,
-}
+tables! {
+    struct RawBundle {
+        version: u8,
+        certificate: String,
+        private_key: Option<String>,
+        ca: String,
+        psk: Vec<RawPsk>,
+        relays: Vec<RawRelay>,
+    }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPsk {
-    epoch: u8,
-    key: String,
-}
+    struct RawPsk {
+        epoch: u8,
+        key: String,
+    }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRelay {
-    name: String,
-    address: String,
-    certificate: String,
+    struct RawRelay {
+        name: String,
+        address: String,
+        certificate: String,
+    }
 }
 
 impl Bundle {
@@ -67,7 +63,7 @@ impl Bundle {
     /// # Errors
     /// A text for the user, without any secret in it.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
-        let mut raw: RawBundle = toml::from_str(text).map_err(|e| without_input(text, &e))?;
+        let mut raw: RawBundle = read::document(text).map_err(|e| without_input(text, &e))?;
         ensure!(raw.version == FORMAT, "version = {}: this weft reads bundles of version {FORMAT}", raw.version);
         let ca = CaPublic(public(&raw.ca).context("ca")?);
         let certificate = certificate(&raw.certificate).context("certificate")?;
@@ -159,11 +155,11 @@ impl BundleRelay {
     }
 }
 
-/// toml's own text would quote the line, and the line may be a secret.
-fn without_input(text: &str, error: &toml::de::Error) -> anyhow::Error {
-    let at = error.span().map_or(0, |s| s.start).min(text.len());
+/// Without the line itself, which may be a secret.
+fn without_input(text: &str, mistake: &Mistake) -> anyhow::Error {
+    let at = mistake.span.start.min(text.len());
     let line = 1 + text.as_bytes()[..at].iter().filter(|b| **b == b'\n').count();
-    anyhow::anyhow!("line {line}: {}", error.message())
+    anyhow::anyhow!("line {line}: {}", mistake.what)
 }
 
 fn certificate(text: &str) -> anyhow::Result<Certificate> {
