@@ -5,7 +5,8 @@ use crate::{
     config::DnsConfig,
     dns::wire::{Header, Records, encode_name},
     table::model::{
-        Affinity, Change, NodeInfo, Object, Pod, PodId, ServiceId, ServicePort, SliceId, SlicePort, Source,
+        Affinity, Change, Endpoint, NodeInfo, Object, Pod, PodId, ServiceId, ServicePort, Slice, SliceId, SlicePort,
+        Source,
     },
 };
 
@@ -19,9 +20,9 @@ fn service(name: &str, kind: ServiceKind, vips: &[IpAddr]) -> Change {
     let service = Service {
         id,
         kind,
-        vips: vips.into(),
-        external_ips: vec![[198, 51, 100, 7].into()],
-        ports: vec![port],
+        vips: vips.to_vec().into(),
+        external_ips: [[198, 51, 100, 7].into()].into(),
+        ports: [port].into(),
         affinity: Affinity::None,
         local_only: false,
         not_proxied: false,
@@ -43,7 +44,7 @@ fn slice(of: &str, count: u32) -> Change {
     let slice = Slice {
         id: SliceId { namespace: "shop".into(), name: of.into() },
         service: of.into(),
-        ports: vec![SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }],
+        ports: [SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }].into(),
         endpoints: (0..count).map(endpoint).collect(),
     };
     Change::Apply(Source::Api, Object::Slice(slice))
