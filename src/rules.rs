@@ -1,6 +1,7 @@
 //! Keeps the kernel as the table wants it: weft0 with its address and routes, and the rules. Puts back
 //! what somebody took away, and takes all of it away at the end.
 
+use crate::sorted::Set;
 use crate::{
     backoff::Backoff,
     clock::Clock,
@@ -23,7 +24,6 @@ use futures_lite::future::or;
 use smol::Timer;
 use std::{
     cell::Cell,
-    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr},
     rc::Rc,
@@ -162,7 +162,7 @@ struct Known {
     /// Why UDP's old flows could not be looked at.
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
-    default_interfaces: BTreeSet<String>,
+    default_interfaces: Set<String>,
 }
 
 impl Rules {
@@ -180,7 +180,7 @@ impl Rules {
         clock: Clock,
     ) -> Result<Self> {
         let IpAddr::V4(address) = listen else { bail!("{listen}: weft0 needs an IPv4 address") };
-        Catch::new(&cfg.interfaces, &BTreeSet::new()).map_err(|e| anyhow!("proxy.interfaces: {e}"))?;
+        Catch::new(&cfg.interfaces, &Set::new()).map_err(|e| anyhow!("proxy.interfaces: {e}"))?;
         let (status, gate) = (Writer::new(Status::default()), Rc::default());
         Ok(Self { cfg: cfg.clone(), address, ports, table, udp, counters, clock, status, gate })
     }

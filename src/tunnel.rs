@@ -31,6 +31,7 @@ mod relay;
 mod slot;
 mod stream;
 mod streams;
+pub(crate) mod suite;
 pub mod survey;
 mod transport;
 mod uplinks;

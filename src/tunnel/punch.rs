@@ -50,6 +50,8 @@ const DEAD_AFTER: Duration = Duration::from_secs(3);
 const NUDGE: Duration = Duration::from_millis(250);
 /// PINGs without a PONG that are remembered; the oldest is forgotten.
 const PROBES_MAX: usize = 256;
+/// A PONG that takes longer proves nothing of use, and its PING is forgotten.
+const PONG_WAIT: Duration = Duration::from_secs(5);
 /// While a path is in use that is direct and not by the preferred uplink, or not of the best rank that the peer has.
 const BY_UPLINK: Duration = Duration::from_secs(30);
 const BY_RANK: Duration = Duration::from_secs(300);
@@ -335,10 +337,17 @@ impl Paths {
         });
         let silence = self.silent_since.map(|at| at + if self.suspect { DEAD_AFTER } else { SUSPECT_AFTER });
         let ping = self.next_ping.filter(|_| matches!(self.current, Some(Path::Direct(_))));
-        [round, silence, ping, self.next_round].into_iter().flatten().min()
+        let stale = self.probes.back().map(|(_, _, sent)| *sent + PONG_WAIT);
+        [round, silence, ping, stale, self.next_round].into_iter().flatten().min()
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+        while self.probes.front().is_some_and(|(_, _, sent)| now >= *sent + PONG_WAIT) {
+            self.probes.pop_front();
+        }
+        if self.probes.is_empty() {
+            self.probes = VecDeque::new(); // a thousand idle peers keep no buffers
+        }
         self.watch_silence(now, out);
         self.run_round(now, rng, out);
         self.keep_alive(now, rng, out);

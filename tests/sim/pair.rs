@@ -16,12 +16,15 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// More with WEFT_SEEDS; one alone with WEFT_SEED.
+/// More with WEFT_SEEDS, others with WEFT_FIRST; one alone with WEFT_SEED.
 pub fn seeds(few: u64) -> std::ops::Range<u64> {
     crate::log_to_stderr();
     match number("WEFT_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("WEFT_SEEDS").unwrap_or(few),
+        None => {
+            let first = number("WEFT_FIRST").unwrap_or(0);
+            first..first + number("WEFT_SEEDS").unwrap_or(few)
+        }
     }
 }
 pub const LATER: u64 = NOW + 1_000_000;
