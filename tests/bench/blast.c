@@ -1,6 +1,7 @@
 /* Many datagrams at a steady rate, and what counts or answers them.
  *
- * usage: blast send PORT ADDRESS PORT RATE MILLISECONDS FILE [NOISE]     bytes from NOISE on are random, anew each time
+ * usage: blast send PORT ADDRESS PORT RATE MILLISECONDS FILE [NOISE [cheap]]
+ *            bytes from NOISE on are random, anew each time; cheap: a batch by one call, where all are of one length
  *        blast sink PORT MILLISECONDS                                    counts what comes, until nothing more does
  *        blast echo PORT FILE                                            answers each datagram with the file's first
  *        blast trip PORT ADDRESS PORT COUNT FILE                         round trips, one at a time
@@ -10,6 +11,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
+#include <netinet/udp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +21,10 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef UDP_SEGMENT
+#define UDP_SEGMENT 103 /* linux/udp.h */
+#endif
 
 enum { BATCH = 32, SIZE = 2048, FRAMES = 4096, BUFFER = 8 << 20, QUIET_MS = 500 };
 
@@ -87,7 +93,7 @@ static double spent(void)
     return (double)(r.ru_utime.tv_sec + r.ru_stime.tv_sec) + (double)(r.ru_utime.tv_usec + r.ru_stime.tv_usec) * 1e-6;
 }
 
-static void go(int s, double rate, double span, size_t noise)
+static void go(int s, double rate, double span, size_t noise, int cheap)
 {
     struct mmsghdr m[BATCH];
     struct iovec v[BATCH];
@@ -96,6 +102,11 @@ static void go(int s, double rate, double span, size_t noise)
     memset(m, 0, sizeof m);
     for (int i = 0; i < BATCH; i++) m[i].msg_hdr.msg_iov = &v[i], m[i].msg_hdr.msg_iovlen = 1;
     prctl(PR_SET_TIMERSLACK, 1);
+    if (cheap) {
+        int len = (int)lens[0];
+        if (setsockopt(s, SOL_UDP, UDP_SEGMENT, &len, sizeof len)) fail("segments");
+        m[0].msg_hdr.msg_iov = v;
+    }
     while (sent + refused < most && (t = now()) < begin + span * 2) {
         uint64_t due = (uint64_t)((t - begin) * rate) + 1, n = due > sent + refused ? due - sent - refused : 0;
         if (n > BATCH) n = BATCH;
@@ -116,7 +127,9 @@ static void go(int s, double rate, double span, size_t noise)
                 v[i].iov_base = room[i];
             }
         }
-        int done = sendmmsg(s, m, (unsigned)n, 0);
+        if (cheap) m[0].msg_hdr.msg_iovlen = n;
+        int done = sendmmsg(s, m, cheap ? 1 : (unsigned)n, 0);
+        if (cheap && done == 1) done = (int)n;
         if (done < 0) { refused++; continue; } /* ICMP's answer to an earlier one, or no room */
         for (int i = 0; i < done; i++) bytes += v[i].iov_len;
         sent += (unsigned)done;
@@ -185,10 +198,10 @@ int main(int argc, char **argv)
 {
     const char *what = argc > 2 ? argv[1] : "";
     int s = argc > 2 ? bound(argv[2], QUIET_MS) : -1;
-    if (!strcmp(what, "send") && (argc == 8 || argc == 9)) {
+    if (!strcmp(what, "send") && argc >= 8 && argc <= 10) {
         load(argv[7]);
         aim(s, argv[3], argv[4]);
-        go(s, atof(argv[5]), atof(argv[6]) * 1e-3, argc == 9 ? (size_t)atoi(argv[8]) : SIZE);
+        go(s, atof(argv[5]), atof(argv[6]) * 1e-3, argc >= 9 ? (size_t)atoi(argv[8]) : SIZE, argc == 10);
     } else if (!strcmp(what, "sink") && argc == 4) {
         sink(s, atof(argv[3]) * 1e-3);
     } else if (!strcmp(what, "echo") && argc == 4) {

@@ -2,10 +2,12 @@
 //!
 //! usage: bench-nodes frames FOLDER BUNDLE PEER LEN…     by relays alone; writes what goes to the relay, a file for each LEN
 //!        bench-nodes knock FOLDER BUNDLE TARGET_BUNDLE ADDRESS     writes an `initial` and a `disco` for that node
-//!        bench-nodes many COUNT BUNDLES [TARGET_BUNDLE ADDRESS]    nodes of BUNDLES/node-0…: registered, or connected
+//!        bench-nodes many COUNT BUNDLES [TARGET_BUNDLE ADDRESS HOLD]
+//!            nodes of BUNDLES/node-0…, each from an address of its own in 11.200.0.0/16; registered, or connected: then
+//!            the last HOLD keep the stream that they opened, the others close it
 //!
-//! Files hold one datagram after its length as u16, big-endian. Runs until it is ended; `many` says each second how many
-//! are registered and live.
+//! Files hold one datagram after its length as u16, big-endian. Runs until it is ended, and says each second how many are
+//! registered, have opened a stream, and hold one. PORT: the one to send from; ENDPOINT: what streams are opened to.
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic)]
 
 use futures_lite::future::{or, yield_now};
@@ -36,8 +38,9 @@ const ROOM: usize = 2048;
 const HEADER: usize = 13;
 const RELAY_DATA: u8 = 0x11;
 const DISCO: u8 = 0x10;
-/// Between two handshakes of `many`: a relay has a budget for them.
-const STAGGER: Duration = Duration::from_millis(15);
+/// Between two handshakes of `many`: there is a budget for them, a tenth of the time.
+const STAGGER: Duration = Duration::from_millis(40);
+const UNSERVED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 7000);
 /// How often a node writes while it looks for datagrams of a length.
 const BEAT: Duration = Duration::from_millis(5);
 
@@ -45,7 +48,8 @@ const BEAT: Duration = Duration::from_millis(5);
 #[derive(Default)]
 struct Tally {
     registered: Cell<usize>,
-    live: Cell<usize>,
+    opened: Cell<usize>,
+    held: Cell<usize>,
 }
 
 /// One node, its socket, and the stream that it asks for.
@@ -59,6 +63,8 @@ struct Runner {
     folder: Option<String>,
     wanted: BTreeSet<usize>,
     stream: Option<u32>,
+    /// Whether it keeps the stream, once it is open.
+    holds: bool,
 }
 
 fn unix() -> u64 {
@@ -78,7 +84,7 @@ fn save(folder: &str, name: &str, datagram: &[u8]) {
 }
 
 impl Runner {
-    fn new(bundle: &Bundle, port: u16) -> Self {
+    fn new(bundle: &Bundle, from: SocketAddr) -> Self {
         let pair = weft::tunnel::identity::KeyPair::from_private(bundle.key.clone().unwrap()).unwrap();
         let local = Local {
             secret: Key(*pair.private.expose()),
@@ -110,13 +116,14 @@ impl Runner {
         let node = Node::new(config, Instant::now(), fastrand::Rng::new(), Rc::new(TunnelCounters::default()));
         Self {
             node,
-            socket: Async::new_nonblocking(bind(port)).unwrap(),
+            socket: Async::new_nonblocking(bind(from)).unwrap(),
             relays: bundle.relays.iter().map(address).collect(),
             peer: None,
             relayed: false,
             folder: None,
             wanted: BTreeSet::new(),
             stream: None,
+            holds: true,
         }
     }
 
@@ -125,7 +132,7 @@ impl Runner {
             service: ServiceId { namespace: "shop".into(), name: "far".into() },
             port: 7000,
             protocol: Protocol::Tcp,
-            endpoint: "192.0.2.1:7000".parse().unwrap(),
+            endpoint: std::env::var("ENDPOINT").map_or(UNSERVED, |e| e.parse().unwrap()),
         };
         if let Some(peer) = &self.peer {
             self.stream = self.node.open(Instant::now(), peer, &open);
@@ -182,11 +189,20 @@ impl Runner {
 
     async fn run(mut self, tally: Rc<Tally>) {
         let mut buf = vec![0; ROOM];
-        let (mut was_up, mut was_live) = (false, false);
+        let (mut was_up, mut was_held) = (false, false);
         for turn in 0.. {
             let up = self.node.relay_views().iter().any(|r| r.registered);
-            let live = self.node.peer_views(Instant::now()).iter().any(|p| p.path != "none");
-            for (now, was, cell) in [(up, &mut was_up, &tally.registered), (live, &mut was_live, &tally.live)] {
+            let open = self.stream.and_then(|key| self.node.opened(key));
+            let held = self.holds && matches!(open, Some(Ok(())));
+            if let (false, Some(_), Some(key)) = (self.holds, &open, self.stream) {
+                tally.opened.set(tally.opened.get() + 1);
+                self.node.drop_stream(Instant::now(), key);
+                self.stream = None;
+            } else if let (Some(Err(_)), Some(key)) = (open, self.stream) {
+                self.node.drop_stream(Instant::now(), key);
+                self.open();
+            }
+            for (now, was, cell) in [(up, &mut was_up, &tally.registered), (held, &mut was_held, &tally.held)] {
                 cell.set(cell.get() + usize::from(now && !*was) - usize::from(*was && !now));
                 *was = now;
             }
@@ -214,8 +230,8 @@ impl Runner {
     }
 }
 
-fn bind(port: u16) -> UdpSocket {
-    let socket = UdpSocket::bind(("0.0.0.0", port)).unwrap();
+fn bind(from: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(from).unwrap();
     socket.set_nonblocking(true).unwrap();
     socket
 }
@@ -232,11 +248,11 @@ fn main() {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let (executor, tally) = (Rc::new(LocalExecutor::new()), Rc::new(Tally::default()));
     let spawn = |runner: Runner| executor.spawn(runner.run(Rc::clone(&tally))).detach();
-    let port = |name: &str| std::env::var(name).map_or(0, |p| p.parse().unwrap());
+    let here = SocketAddr::from(([0; 4], std::env::var("PORT").map_or(0, |p| p.parse().unwrap())));
     smol::block_on(executor.run(async {
         match words[..] {
             ["frames", folder, own, peer, ref lens @ ..] => {
-                let mut runner = Runner::new(&bundle(own), port("PORT"));
+                let mut runner = Runner::new(&bundle(own), here);
                 runner.folder = Some(folder.into());
                 runner.wanted = lens.iter().map(|l| l.parse().unwrap()).collect();
                 runner.relayed = true;
@@ -247,16 +263,19 @@ fn main() {
                 spawn(runner);
             }
             ["knock", folder, own, target, address] => {
-                let mut runner = Runner::new(&bundle(own), port("PORT"));
+                let mut runner = Runner::new(&bundle(own), here);
                 runner.folder = Some(folder.into());
                 remember(&mut runner, target, address);
                 runner.open();
                 spawn(runner);
             }
             ["many", count, folder, ref target @ ..] => {
-                for i in 0..count.parse().unwrap() {
-                    let mut runner = Runner::new(&bundle(&format!("{folder}/node-{i}.bundle")), 0);
-                    if let [target, address] = *target {
+                let count: u16 = count.parse().unwrap();
+                for i in 0..count {
+                    let from = SocketAddr::from(([11, 200, (i / 250) as u8, (1 + i % 250) as u8], 7843));
+                    let mut runner = Runner::new(&bundle(&format!("{folder}/node-{i}.bundle")), from);
+                    if let [target, address, hold] = *target {
+                        runner.holds = i + hold.parse::<u16>().unwrap() >= count;
                         remember(&mut runner, target, address);
                         runner.open();
                     }
@@ -268,7 +287,7 @@ fn main() {
         }
         loop {
             Timer::after(Duration::from_secs(1)).await;
-            println!("registered {} live {}", tally.registered.get(), tally.live.get());
+            println!("registered {} opened {} held {}", tally.registered.get(), tally.opened.get(), tally.held.get());
         }
     }));
 }
