@@ -2,7 +2,7 @@
 //! here and read by the driver, each time that they are needed: they are rotated.
 
 use super::yaml::Yaml;
-use data_encoding::BASE64;
+use crate::encoding::BASE64;
 use std::{fmt, net::Ipv4Addr, path::Path, path::PathBuf};
 
 /// Addresses of one cluster; more are refused.

@@ -208,7 +208,7 @@ rows! {
         let server = Server::new(Some(tls(1, true)), cluster);
         let dir = temp_dir();
         let path = dir.path().join("kubeconfig");
-        let base64 = |name: &str| data_encoding::BASE64.encode(&fs::read(tls_file(name)).unwrap());
+        let base64 = |name: &str| weft::encoding::BASE64.encode(&fs::read(tls_file(name)).unwrap());
         let write = |user: &str| {
             let text = format!(
                 "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{{name: x, context: {{cluster: c, user: u}}}}]\n\
