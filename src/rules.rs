@@ -221,8 +221,15 @@ impl Rules {
         while !self.gate.closed.get() {
             let mut wait = RECHECK;
             if self.table.read(Table::synced) {
-                if let Some(last) = last.filter(|_| self.status.update(|s| s.orders) == orders.number) {
-                    Timer::at(last + GAP).await;
+                if let Some(last) = last.filter(|_| self.orders.read(|o| o.number) == orders.number) {
+                    let gap = async {
+                        Timer::at(last + GAP).await;
+                    };
+                    or(ordered.rung(), gap).await;
+                }
+                if self.orders.read(|o| o.number) != orders.number {
+                    orders = self.orders.read(Clone::clone);
+                    bell.1 = orders.udp.listen();
                 }
                 last = Some(self.clock.now());
                 if std::mem::take(&mut ears.heard) && nft::generation() != known.generation {
@@ -239,10 +246,7 @@ impl Rules {
             }
             let change = or(rung(&mut bell), or(closing.rung(), ears.changed()));
             or(ordered.rung(), or(change, after(wait))).await;
-            if self.orders.read(|o| o.number) != orders.number {
-                orders = self.orders.read(Clone::clone);
-                bell.1 = orders.udp.listen();
-            } else if last.is_some() {
+            if last.is_some() && self.orders.read(|o| o.number) == orders.number {
                 settle(&mut bell, &mut ears).await;
             }
         }
