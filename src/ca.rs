@@ -5,6 +5,7 @@
 //! ca.pub      public key, base64              issued/NAME   certificate, base64
 //! ```
 
+use crate::encoding::BASE64;
 use crate::{
     config::RelayName,
     tunnel::identity::{
@@ -13,7 +14,6 @@ use crate::{
     },
 };
 use anyhow::{Context, bail, ensure};
-use data_encoding::BASE64;
 use ring::rand::SystemRandom;
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},

@@ -13,7 +13,9 @@ use crate::{
     config::{Backend, Config},
     disk, holder, iptables, links, netlink, nft,
     proxy::rules::{self, Catch, Desired},
-    setup, snapshot, sys,
+    setup, snapshot,
+    sorted::Set,
+    sys,
     table::Table,
     trial,
     tunnel::identity::Bundle,
@@ -21,7 +23,6 @@ use crate::{
 use kernel::{Others, Writers};
 pub use node::{Asked, value};
 use std::{
-    collections::BTreeSet,
     fs,
     io::Read as _,
     net::{IpAddr, Ipv4Addr},
@@ -107,7 +108,7 @@ impl Here<'_> {
     fn rehearse(&self) -> Result<(), String> {
         let Config { dns, proxy, .. } = self.config;
         let own = dns.listen.ip();
-        let catch = Catch::new(&proxy.interfaces, &BTreeSet::from(["lo".to_owned()]))?;
+        let catch = Catch::new(&proxy.interfaces, &Set::from(["lo".to_owned()]))?;
         let rule = |port, action| rules::Rule {
             address: Ipv4Addr::new(192, 0, 2, 1).into(),
             protocol: crate::table::model::Protocol::Tcp,
@@ -162,7 +163,7 @@ impl Here<'_> {
     fn network(&mut self, bundle: Option<Bundle>) {
         let config = self.config;
         let around = netlink::surroundings().unwrap_or_default();
-        let mut out: BTreeSet<String> = around.default_interfaces.clone();
+        let mut out: Set<String> = around.default_interfaces.clone();
         out.extend(links::default_interfaces_v6(&text("/proc/net/ipv6_route")));
         let out: Vec<String> = out.into_iter().collect();
         self.say(network::route(&out, &self.vips(), &around.taken));
@@ -238,15 +239,15 @@ fn is_private(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|m| m.mode() & 0o077 == 0)
 }
 
-fn interfaces() -> BTreeSet<String> {
+fn interfaces() -> Set<String> {
     let entries = fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
     entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
 /// Names of the programs that run in our network namespace.
-fn programs() -> BTreeSet<String> {
+fn programs() -> Set<String> {
     let ours = fs::read_link("/proc/self/ns/net").ok();
-    let mut out = BTreeSet::new();
+    let mut out = Set::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let path = process.path();
         let Ok(name) = fs::read_to_string(path.join("comm")) else { continue };

@@ -4,6 +4,7 @@ mod args;
 pub mod self_test;
 mod show;
 
+use crate::encoding::BASE64;
 use crate::{
     admin::{self, render, view},
     app,
@@ -19,7 +20,6 @@ use crate::{
 use anyhow::{Context, bail};
 use argh::FromArgs;
 use args::{Args, CaCommand, CaIssue, CaShow, Command};
-use data_encoding::BASE64;
 use nanoserde::{DeJson, SerJson};
 use std::{
     io::{self, Write},

@@ -1,15 +1,24 @@
 //! The driver of `[kube] manifests`: reads the files, watches them for changes, and feeds the table.
 
+pub mod access;
 pub mod convert;
 pub mod files;
 mod glob;
+pub mod http;
 pub mod item;
 pub mod json;
+mod known;
 mod loading;
+pub mod resource;
+mod store;
+pub mod tls;
 pub mod types;
+pub mod watcher;
+pub mod yaml;
 
 pub use loading::{ENDPOINTS_MAX, OBJECTS_MAX};
 
+use crate::sorted::Map;
 use crate::{
     clock::Clock,
     shared::Writer,
@@ -24,13 +33,12 @@ use loading::{IntoTable, Loading, Wanted};
 use smol::{Timer, future::yield_now};
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
     fs,
     io::{self, Read as _},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How often the files are looked at. A look costs one stat each, and sees what notifications miss: the symlinks by
@@ -64,6 +72,8 @@ pub struct SourceStatus {
     pub objects: usize,
     /// Of kinds that are not read.
     pub skipped: usize,
+    /// Since when it is synced or not, where that is known.
+    pub since: Option<Instant>,
     /// Empty again once it is mended.
     pub last_error: Option<String>,
 }
@@ -151,9 +161,9 @@ pub struct Manifests {
     patterns: Vec<String>,
     table: Rc<Writer<Table>>,
     clock: Clock,
-    files: BTreeMap<PathBuf, File>,
+    files: Map<PathBuf, File>,
     /// Patterns and directories that cannot be used, with the reason.
-    complaints: BTreeMap<String, String>,
+    complaints: Map<String, String>,
     loaded_once: bool,
     /// The table holds what files said before a restart, and not all of them could be read since.
     stale: bool,
@@ -174,8 +184,8 @@ impl Manifests {
             table,
             stale,
             clock,
-            files: BTreeMap::new(),
-            complaints: BTreeMap::new(),
+            files: Map::new(),
+            complaints: Map::new(),
             loaded_once: false,
             wanted: Wanted::default(),
             sources: Sources::default(),
@@ -223,7 +233,7 @@ impl Manifests {
         self.files.retain(|path, _| found.contains_key(path));
         let mut changed = self.files.len() != before;
         for (path, stamp) in found {
-            let file = self.files.entry(path.clone()).or_default();
+            let file = self.files.or_insert_with(path.clone(), Default::default);
             let moved = stamp.is_some() && stamp != file.stamp;
             if moved || std::mem::take(&mut file.confirm) {
                 file.confirm = moved;
@@ -248,7 +258,7 @@ impl Manifests {
             t.apply(Change::Begin(Source::Manifests));
             t.version()
         });
-        let mut kept: BTreeMap<ObjectId, usize> = BTreeMap::new();
+        let mut kept: Map<ObjectId, usize> = Map::new();
         for (at, (_, file)) in self.files.iter().enumerate().filter(|(_, (_, f))| f.broken.is_some()) {
             kept.extend(file.ids.iter().cloned().map(|id| (id, at)));
         }
@@ -302,6 +312,7 @@ impl Manifests {
             synced: file.broken.is_none(),
             objects: file.ids.len(),
             skipped: file.skipped,
+            since: None,
             last_error: file.error().cloned(),
         };
         let of_complaint = |(name, why): (&String, &String)| SourceStatus {
@@ -315,15 +326,15 @@ impl Manifests {
 }
 
 /// The files that are there, those of before that cannot be looked at (None), and why not.
-type Found = (BTreeMap<PathBuf, Option<Stamp>>, BTreeMap<String, String>);
+type Found = (Map<PathBuf, Option<Stamp>>, Map<String, String>);
 
-fn find(patterns: &[String], known: &BTreeMap<PathBuf, File>) -> Found {
-    let (mut found, mut complaints) = (BTreeMap::new(), BTreeMap::new());
-    let mut directories: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+fn find(patterns: &[String], known: &Map<PathBuf, File>) -> Found {
+    let (mut found, mut complaints) = (Map::new(), Map::new());
+    let mut directories: Map<&str, Vec<&str>> = Map::new();
     for pattern in patterns {
         let (directory, name) = glob::split(pattern);
         if name.contains('*') {
-            directories.entry(if directory.is_empty() { "." } else { directory }).or_default().push(name);
+            directories.or_insert_with(if directory.is_empty() { "." } else { directory }, Default::default).push(name);
         } else if let Err(error) = find_one(Path::new(pattern), known, &mut found) {
             complaints.insert(pattern.clone(), error.to_string());
         }
@@ -334,12 +345,13 @@ fn find(patterns: &[String], known: &BTreeMap<PathBuf, File>) -> Found {
             complaints.insert(directory.display().to_string(), format!("{error:#}"));
             if !is_absent(&error) {
                 for path in known.keys().filter(|path| path.parent() == Some(directory)) {
-                    found.entry(path.clone()).or_insert(None);
+                    found.or_insert_with(path.clone(), || None);
                 }
             }
         }
     }
-    if let Some(first) = found.keys().nth(FILES_MAX).cloned() {
+    let first = found.keys().nth(FILES_MAX).cloned();
+    if let Some(first) = first {
         let beyond = found.split_off(&first).len();
         let why = format!("left out with {} more: more than {FILES_MAX} files", beyond - 1);
         complaints.insert(first.display().to_string(), why);
@@ -350,8 +362,8 @@ fn find(patterns: &[String], known: &BTreeMap<PathBuf, File>) -> Found {
 fn find_in(
     directory: &Path,
     names: &[&str],
-    known: &BTreeMap<PathBuf, File>,
-    found: &mut BTreeMap<PathBuf, Option<Stamp>>,
+    known: &Map<PathBuf, File>,
+    found: &mut Map<PathBuf, Option<Stamp>>,
 ) -> io::Result<()> {
     for (seen, entry) in fs::read_dir(directory)?.enumerate() {
         if seen == ENTRIES_MAX {
@@ -369,11 +381,7 @@ fn find_in(
 }
 
 /// A directory that fits is none of ours.
-fn find_one(
-    path: &Path,
-    known: &BTreeMap<PathBuf, File>,
-    found: &mut BTreeMap<PathBuf, Option<Stamp>>,
-) -> io::Result<()> {
+fn find_one(path: &Path, known: &Map<PathBuf, File>, found: &mut Map<PathBuf, Option<Stamp>>) -> io::Result<()> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(metadata) => drop(found.insert(path.to_owned(), Some(Stamp::from(&metadata)))),

@@ -1,12 +1,13 @@
 //! What DNS has to know of the host's links: whether the way out has changed, and whose queries are answered.
 
+use crate::sorted::Set;
 use crate::{
     netlink::{self, Monitor},
     shared::{Reader, Writer},
 };
 use futures_lite::future::or;
 use smol::Timer;
-use std::{collections::BTreeSet, fs, path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 /// Changes come in bursts; none is looked at before it is over, or at least after this.
 const LULL: Duration = Duration::from_secs(1);
@@ -24,7 +25,7 @@ pub enum Clients {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// The interfaces of default routes that have a carrier.
-    pub uplinks: BTreeSet<String>,
+    pub uplinks: Set<String>,
     clients: Clients,
 }
 
@@ -45,14 +46,14 @@ pub struct Links {
     interfaces: Vec<String>,
     seen: Writer<Seen>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
-    outside: BTreeSet<String>,
+    outside: Set<String>,
 }
 
 impl Links {
     #[must_use]
     pub fn new(interfaces: &[String]) -> Self {
-        let seen = Writer::new(Seen { uplinks: BTreeSet::new(), clients: Clients::AllBut(Vec::new()) });
-        let mut links = Self { interfaces: interfaces.to_vec(), seen, outside: BTreeSet::new() };
+        let seen = Writer::new(Seen { uplinks: Set::new(), clients: Clients::AllBut(Vec::new()) });
+        let mut links = Self { interfaces: interfaces.to_vec(), seen, outside: Set::new() };
         links.look();
         links
     }
@@ -156,7 +157,7 @@ mod tests {
 
     #[test]
     fn who_is_served() {
-        let seen = |clients| Seen { uplinks: BTreeSet::new(), clients };
+        let seen = |clients| Seen { uplinks: Set::new(), clients };
         assert!(seen(Clients::AllBut(vec![2])).serves(1) && !seen(Clients::AllBut(vec![2])).serves(2));
         assert!(seen(Clients::Only(vec![2])).serves(2) && !seen(Clients::Only(vec![2])).serves(1));
         let lo = index("lo").unwrap();

@@ -1,8 +1,8 @@
 //! The log: lines to stderr, bounded so that neither an attacker nor a flapping link fills a flash disk.
 
+use crate::sorted::Map;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::{
-    collections::BTreeMap,
     fmt::Write as _,
     io::Write as _,
     sync::{Mutex, OnceLock, PoisonError},
@@ -124,7 +124,7 @@ fn is_journal() -> bool {
 type Place = (&'static str, u32);
 
 #[derive(Debug, Default)]
-struct Places(BTreeMap<Place, Allowance>);
+struct Places(Map<Place, Allowance>);
 
 #[derive(Debug)]
 struct Allowance {
@@ -138,7 +138,7 @@ impl Places {
     /// How many lines were held back before this one; None: hold this one back too.
     fn admit(&mut self, place: Place, now: Duration) -> Option<u64> {
         let place = if self.0.len() < PLACES_MAX || self.0.contains_key(&place) { place } else { ("", 0) };
-        let a = self.0.entry(place).or_insert(Allowance { left: BURST, since: now, hidden: 0 });
+        let a = self.0.or_insert_with(place, || Allowance { left: BURST, since: now, hidden: 0 });
         let refilled = u32::try_from(now.saturating_sub(a.since).as_secs() / REFILL.as_secs()).unwrap_or(BURST);
         if a.left.saturating_add(refilled) >= BURST {
             (a.left, a.since) = (BURST, now);

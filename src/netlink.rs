@@ -1,6 +1,7 @@
 //! Devices, addresses and routes by rtnetlink. Each request is answered by the kernel at once, so it is
 //! made and read in one go; only [`Monitor`] waits, in the loop.
 
+use crate::sorted::{Map, Set};
 use crate::{
     proxy::{
         cover::Prefix,
@@ -13,7 +14,6 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use smol::Async;
 use std::{
-    collections::{BTreeMap, BTreeSet},
     io::{self, ErrorKind},
     net::Ipv4Addr,
     os::fd::OwnedFd,
@@ -169,7 +169,7 @@ pub struct Device {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {
     /// Interfaces of default routes, of all routing tables.
-    pub default_interfaces: BTreeSet<String>,
+    pub default_interfaces: Set<String>,
     /// Connected networks, routes of others, gateways.
     pub taken: Vec<Prefix>,
 }
@@ -252,13 +252,13 @@ fn create(socket: &mut Socket, before: &[Link], name: &str) -> Result<()> {
 /// As the kernel's; the other routes are made all the same.
 pub fn sync_routes(device: u32, wanted: &[Prefix]) -> Result<(usize, usize)> {
     let mut socket = Socket::open(Family::Route)?;
-    let mut there = BTreeSet::new();
+    let mut there = Set::new();
     socket.routes(|route| {
         if route.protocol == link::ROUTE_PROTOCOL && route.devices == [device] {
             there.insert(route.to);
         }
     })?;
-    let wanted: BTreeSet<Prefix> = wanted.iter().copied().collect();
+    let wanted: Set<Prefix> = wanted.iter().copied().collect();
     let (mut added, mut removed, mut failed) = (0, 0, None);
     for prefix in wanted.difference(&there) {
         let result = socket.tell(|seq| link::add_route(seq, device, *prefix));
@@ -285,7 +285,7 @@ pub fn sync_routes(device: u32, wanted: &[Prefix]) -> Result<(usize, usize)> {
 /// When the kernel does not list its devices, addresses or routes.
 pub fn surroundings() -> Result<Surroundings> {
     let mut socket = Socket::open(Family::Route)?;
-    let names: BTreeMap<u32, String> = socket.links()?.into_iter().map(|l| (l.index, l.name)).collect();
+    let names: Map<u32, String> = socket.links()?.into_iter().map(|l| (l.index, l.name)).collect();
     let own = names.iter().find(|(_, name)| *name == DEVICE).map(|(index, _)| *index);
     let mut found = Surroundings::default();
     found.taken.extend(socket.addresses()?.iter().filter(|a| Some(a.index) != own).map(|a| a.network));
@@ -385,7 +385,7 @@ impl Monitor {
     /// # Errors
     /// When the socket is broken.
     pub async fn changed(&self) -> io::Result<()> {
-        self.socket.readable().await?;
+        futures_lite::future::poll_fn(|cx| self.socket.poll_readable(cx)).await?;
         let mut buffer = [0; 512];
         // What was lost (ENOBUFS) or is too large for the buffer is a change like any other. At most as many
         // as one turn may take: a storm of routes must not own the loop.

@@ -1,6 +1,7 @@
 //! Keeps the kernel as the table wants it: weft0 with its address and routes, and the rules. Puts back
 //! what somebody took away, and takes all of it away at the end.
 
+use crate::sorted::Set;
 use crate::{
     backoff::Backoff,
     clock::Clock,
@@ -23,7 +24,6 @@ use futures_lite::future::or;
 use smol::Timer;
 use std::{
     cell::Cell,
-    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr},
     rc::Rc,
@@ -173,7 +173,7 @@ struct Known {
     /// Why UDP's old flows could not be looked at.
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
-    default_interfaces: BTreeSet<String>,
+    default_interfaces: Set<String>,
 }
 
 impl Rules {
@@ -390,7 +390,7 @@ impl Rules {
 /// # Errors
 /// The name of an interface that cannot.
 pub fn may_stand_in_rules(cfg: &ProxyConfig) -> Result<()> {
-    Catch::new(&cfg.interfaces, &BTreeSet::new()).map(drop).map_err(|e| anyhow!("proxy.interfaces: {e}"))
+    Catch::new(&cfg.interfaces, &Set::new()).map(drop).map_err(|e| anyhow!("proxy.interfaces: {e}"))
 }
 
 /// nf_tables for choice. iptables where it is installed and its legacy tables are in use: those we could not see into,

@@ -1,6 +1,7 @@
 //! UDP Services: a socket for each port, a session with a socket of its own for each client, and datagrams that travel
 //! through the tunnel in frames: length u16, bytes.
 
+use crate::sorted::Map;
 use crate::{
     metrics::{add, bump},
     proxy::{
@@ -23,7 +24,7 @@ use futures_lite::{
 use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     io::{self, ErrorKind},
     net::{IpAddr, SocketAddr, UdpSocket},
     pin::Pin,
@@ -127,7 +128,7 @@ impl Udp {
 
     /// Keeps sockets and sessions as the table wants them, for ever.
     pub(crate) async fn run(self: Rc<Self>) {
-        let mut bound: BTreeMap<PortId, Bound> = BTreeMap::new();
+        let mut bound: Map<PortId, Bound> = Map::new();
         let mut bell = self.shared.table.listen();
         loop {
             if self.shared.table.read(Table::synced) {
@@ -141,7 +142,7 @@ impl Udp {
         }
     }
 
-    fn bind(self: &Rc<Self>, bound: &mut BTreeMap<PortId, Bound>) {
+    fn bind(self: &Rc<Self>, bound: &mut Map<PortId, Bound>) {
         let wanted = self.shared.table.read(udp::wanted);
         bound.retain(|id, _| wanted.contains(id));
         for id in wanted {
@@ -174,8 +175,8 @@ impl Udp {
         }
     }
 
-    fn sweep(&self, bound: &BTreeMap<PortId, Bound>) {
-        let ids: BTreeMap<u16, &PortId> = bound.iter().map(|(id, b)| (b.number, id)).collect();
+    fn sweep(&self, bound: &Map<PortId, Bound>) {
+        let ids: Map<u16, &PortId> = bound.iter().map(|(id, b)| (b.number, id)).collect();
         let now = self.shared.clock.now();
         let gone = self.shared.table.read(|t| {
             let stays = |port, endpoint| ids.get(&port).is_some_and(|id| udp::serves(t, id, endpoint));

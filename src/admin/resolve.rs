@@ -3,7 +3,7 @@
 use super::view::{Answer, Resolution};
 use crate::tunnel::identity::NAME_MAX;
 use simple_dns::{CLASS, Name, Packet, QCLASS, QTYPE, Question, RCODE, TYPE, rdata::RData};
-use std::{collections::BTreeSet, net::IpAddr};
+use std::net::IpAddr;
 
 /// What a DNS core does with a query.
 pub enum Exchange {
@@ -41,7 +41,7 @@ fn bad(name: &str) -> Resolution {
 
 fn one(name: &str, kinds: &[TYPE], ask: &mut impl FnMut(&[u8]) -> Exchange) -> Resolution {
     let mut out = Resolution { name: name.into(), code: "NOERROR".into(), answers: Vec::new() };
-    let mut seen = BTreeSet::new();
+    let mut seen = crate::sorted::Set::new();
     for kind in kinds {
         let Some(query) = query(name, *kind) else { return bad(name) };
         let reply = match ask(&query) {

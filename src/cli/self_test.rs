@@ -1,9 +1,12 @@
 //! Known answers and round trips of each primitive that the tunnel stands on: what a build for another processor, or
 //! one with other flags, gets wrong first. Pure: randomness comes in.
 
-use crate::tunnel::identity::{Authority, KeyPair, Request, Roles, Secret};
+use crate::encoding::HEXLOWER;
+use crate::tunnel::{
+    identity::{Authority, KeyPair, Request, Roles, Secret},
+    suite,
+};
 use anyhow::{Context, ensure};
-use data_encoding::HEXLOWER;
 use ring::{aead, digest, hmac, rand::SecureRandom};
 use std::hash::Hasher;
 
@@ -150,7 +153,7 @@ fn noise(rng: &dyn SecureRandom) -> anyhow::Result<()> {
     let (node, relay) = (KeyPair::generate(rng)?, KeyPair::generate(rng)?);
     let psk: Secret<[u8; 32]> = Secret::random(rng)?;
     let builder = |private| -> anyhow::Result<snow::Builder<'_>> {
-        Ok(snow::Builder::new(NOISE.parse()?).psk(1, psk.expose())?.local_private_key(private)?)
+        Ok(suite::builder(NOISE, None)?.psk(1, psk.expose())?.local_private_key(private)?)
     };
     let mut initiator =
         builder(node.private.expose())?.remote_public_key(&relay.public)?.build_initiator().context("initiator")?;

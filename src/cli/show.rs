@@ -1,10 +1,10 @@
 //! `weft ca show`: bundles and the CA without their secrets.
 
+use crate::encoding::BASE64;
 use crate::{
     admin::render,
     tunnel::identity::{self, CaPublic, utc},
 };
-use data_encoding::BASE64;
 use nanoserde::SerJson;
 
 /// A bundle, as text or JSON.

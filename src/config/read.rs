@@ -56,7 +56,8 @@ fn unexpected(value: &Value<'_>, expected: &str) -> Mistake {
         DeValue::Float(n) => ("floating point ", format!("`{n}`")),
         DeValue::Boolean(b) => ("boolean ", format!("`{b}`")),
         DeValue::Array(_) => ("sequence", String::new()),
-        DeValue::Datetime(_) | DeValue::Table(_) => ("map", String::new()),
+        DeValue::Datetime(_) => ("datetime", String::new()),
+        DeValue::Table(_) => ("map", String::new()),
     };
     Mistake::new(value.span(), format!("invalid type: {kind}{text}, expected {expected}"))
 }

@@ -5,11 +5,9 @@ use super::{
     raw::{RawEndpoint, RawPort, RawService},
     resolve::{Put, may_be_dialled},
 };
+use crate::sorted::{Map, Set};
 use crate::{table::model::Protocol, tunnel::identity::node_name};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::net::IpAddr;
 use toml::Spanned;
 
 /// As many Services as the design's largest cluster has; more are refused.
@@ -33,8 +31,8 @@ pub(super) fn resolve(
     if let Some(more) = raw.get(SERVICES_MAX) {
         return Err(put.error(more, "service", format!("more than {SERVICES_MAX} of them")));
     }
-    let mut names = BTreeSet::new();
-    let mut ips = BTreeMap::new();
+    let mut names = Set::new();
+    let mut ips = Map::new();
     let mut out = Vec::with_capacity(raw.len());
     for raw in raw {
         let raw = raw.into_inner();
@@ -80,7 +78,7 @@ fn one(put: &Put<'_>, raw: RawService) -> Result<StaticService, ConfigError> {
     if let Some(more) = raw.endpoints.get(ENDPOINTS_MAX) {
         return Err(put.error(more, "service.endpoints", format!("more than {ENDPOINTS_MAX} of them")));
     }
-    let mut seen = BTreeSet::new();
+    let mut seen = Set::new();
     let mut endpoints = Vec::with_capacity(raw.endpoints.len());
     for raw in raw.endpoints {
         let endpoint = endpoint(put, raw.get_ref(), ip)?;
@@ -97,7 +95,7 @@ fn ports(put: &Put<'_>, raw: &[Spanned<RawPort>]) -> Result<Vec<StaticPort>, Con
     if let Some(more) = raw.get(PORTS_MAX) {
         return Err(put.error(more, "service.ports", format!("more than {PORTS_MAX} of them")));
     }
-    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
+    let (mut names, mut numbers) = (Set::new(), Set::new());
     let mut out = Vec::with_capacity(raw.len());
     for at in raw {
         let raw = at.get_ref();

@@ -1,17 +1,20 @@
 //! What one file says on its way into the table, with the bounds of all files together.
 
 use super::{files::Sink, item::Read};
+use crate::sorted::Map;
 use crate::table::{
     Table,
     model::{Change, Name, Object, ObjectId, Source},
 };
-use std::collections::BTreeMap;
 
 /// Objects of all files together; those beyond are left out with an error.
 pub const OBJECTS_MAX: usize = 65_536;
 
 /// Endpoints of all files together; slices beyond are left out with an error.
 pub const ENDPOINTS_MAX: usize = 262_144;
+
+/// Pages of one list; one with more is given up.
+pub(super) const PAGES_MAX: u32 = 4_096;
 
 /// What is wrong with the items of one file: the first, and how many.
 #[derive(Debug, Default)]
@@ -21,7 +24,7 @@ pub(super) struct Troubles {
 }
 
 impl Troubles {
-    fn note(&mut self, text: impl ToString) {
+    pub(super) fn note(&mut self, text: impl ToString) {
         if self.first.is_none() {
             self.first = Some(text.to_string());
         }
@@ -47,7 +50,7 @@ pub(super) struct Wanted {
 pub(super) struct Loading<'k> {
     pub(super) at: usize,
     /// What broken files named, with their place: a file before them must not take it over.
-    pub(super) kept: &'k BTreeMap<ObjectId, usize>,
+    pub(super) kept: &'k Map<ObjectId, usize>,
     wanted: Wanted,
     pub(super) ids: Vec<ObjectId>,
     /// Of all files so far.
@@ -60,7 +63,7 @@ pub(super) struct Loading<'k> {
 impl<'k> Loading<'k> {
     pub(super) fn new(
         at: usize,
-        kept: &'k BTreeMap<ObjectId, usize>,
+        kept: &'k Map<ObjectId, usize>,
         objects: usize,
         endpoints: usize,
         wanted: Wanted,

@@ -1,7 +1,8 @@
 //! Which prefixes are routed to weft0, so that a host without a default route still reaches the VIPs:
 //! few, as narrow as that allows, and never in the way of an address that is really somewhere.
 
-use std::{collections::BTreeSet, fmt, net::Ipv4Addr};
+use crate::sorted::Set;
+use std::{fmt, net::Ipv4Addr};
 
 /// Routes that we aim at; above it neighbouring prefixes are merged.
 pub const ROUTES: usize = 16;
@@ -102,7 +103,7 @@ impl Ranges {
 /// Covers the VIPs. None of the prefixes overlaps one of `avoid`: connected networks, foreign routes,
 /// addresses of nodes and endpoints. A VIP inside one of those has its route already.
 #[must_use]
-pub fn cover(vips: &BTreeSet<Ipv4Addr>, avoid: &[Prefix]) -> Cover {
+pub fn cover(vips: &Set<Ipv4Addr>, avoid: &[Prefix]) -> Cover {
     let avoid = Ranges::new(avoid);
     let mut prefixes: Vec<Prefix> = vips.iter().map(|ip| Prefix::host(*ip)).filter(|p| !avoid.overlap(*p)).collect();
     for len in (WIDEST..32).rev() {
@@ -141,7 +142,7 @@ mod tests {
         Prefix::new(address.parse().unwrap(), len.parse().unwrap())
     }
 
-    fn random(rng: &mut fastrand::Rng, net: &str, count: usize) -> BTreeSet<Ipv4Addr> {
+    fn random(rng: &mut fastrand::Rng, net: &str, count: usize) -> Set<Ipv4Addr> {
         let net = prefix(net);
         (0..count).map(|_| Ipv4Addr::from(net.bits | rng.u32(..) & !mask(net.len))).collect()
     }
@@ -150,7 +151,7 @@ mod tests {
     fn few_vips_are_routed_one_by_one() {
         let vips = ["10.96.0.1", "10.96.0.10"].map(|ip| ip.parse().unwrap());
         assert_eq!(cover(&vips.into(), &[]).prefixes, [prefix("10.96.0.1/32"), prefix("10.96.0.10/32")]);
-        assert_eq!(cover(&BTreeSet::new(), &[]), Cover::default());
+        assert_eq!(cover(&Set::new(), &[]), Cover::default());
     }
 
     #[test]
@@ -192,7 +193,7 @@ mod tests {
 
     #[test]
     fn vips_that_lie_far_apart_are_bounded() {
-        let vips: BTreeSet<_> = (0..1_000_u32).map(|i| Ipv4Addr::from(i << 22)).collect();
+        let vips: Set<_> = (0..1_000_u32).map(|i| Ipv4Addr::from(i << 22)).collect();
         let got = cover(&vips, &(0..1_000_u32).map(|i| Prefix::host((i << 22 | 1).into())).collect::<Vec<_>>());
         assert_eq!((got.prefixes.len(), got.left_out), (ROUTES_MOST, 1_000 - ROUTES_MOST));
     }

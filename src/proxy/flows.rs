@@ -5,11 +5,9 @@ use super::{
     nft::wire::{Attrs, NLM_F_ACK, NLM_F_DUMP, attr, message},
     rules::{Action, Desired, REFUSED},
 };
+use crate::sorted::Map;
 use crate::table::model::Protocol;
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-};
+use std::net::{IpAddr, SocketAddr};
 
 // linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h: NFNL_SUBSYS_CTNETLINK and its messages.
 const GET: u16 = 1 << 8 | 1;
@@ -21,7 +19,7 @@ const CTA_ZONE: u16 = 18;
 const UDP: u8 = 17;
 
 /// What becomes of datagrams to an address and port: they go to this port of our address; None: nothing of ours.
-pub type Ways = BTreeMap<SocketAddr, Option<u16>>;
+pub type Ways = Map<SocketAddr, Option<u16>>;
 
 fn ways(desired: &Desired) -> Ways {
     let udp = desired.rules.iter().filter(|r| r.protocol == Protocol::Udp);

@@ -2,11 +2,9 @@
 //! Everything of ours is in chains named `WEFT-*`; what `iptables-save` prints tells what is there.
 
 use super::rules::{Action, Catch, DEVICE, Desired, REFUSED, Rule};
+use crate::sorted::Set;
 use crate::table::model::Protocol;
-use std::{
-    collections::BTreeSet,
-    fmt::{self, Write as _},
-};
+use std::fmt::{self, Write as _};
 
 /// What all our chains' names begin with.
 const OURS: &str = "WEFT-";
@@ -58,7 +56,7 @@ impl Kind {
 struct SavedTable {
     present: bool,
     /// Our chains, in order.
-    chains: BTreeSet<String>,
+    chains: Set<String>,
     /// Built-in or foreign chain, and its rule that jumps to a chain of ours.
     jumps: Vec<(String, String)>,
     /// How many rules our chains hold, and their sum.

@@ -1,6 +1,7 @@
 //! The rules that we want, as data. A backend renders them.
 
 use super::{cover::Prefix, udp};
+use crate::sorted::{Map, Set};
 use crate::{
     config::ProxyConfig,
     table::{
@@ -8,10 +9,7 @@ use crate::{
         model::{Protocol, Service, ServiceKind, ServicePort},
     },
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
-};
+use std::net::{IpAddr, Ipv4Addr};
 
 /// The device that carries our address.
 pub const DEVICE: &str = "weft0";
@@ -98,7 +96,7 @@ impl Catch {
     ///
     /// # Errors
     /// The name that is no plain interface name.
-    pub fn new(configured: &[String], of_default_routes: &BTreeSet<String>) -> Result<Self, String> {
+    pub fn new(configured: &[String], of_default_routes: &Set<String>) -> Result<Self, String> {
         let names: Vec<String> =
             if configured.is_empty() { of_default_routes.iter().cloned().collect() } else { configured.to_vec() };
         if let Some(odd) = names.iter().find(|n| !plain(n)) {
@@ -137,7 +135,7 @@ impl Desired {
         udp: &udp::Ports,
         catch: Catch,
     ) -> Self {
-        let mut rules: BTreeMap<(IpAddr, u16, Protocol), Action> = BTreeMap::new();
+        let mut rules: Map<(IpAddr, u16, Protocol), Action> = Map::new();
         if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
             let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
             for port in service.ports.iter().filter(asked) {
@@ -148,7 +146,7 @@ impl Desired {
         }
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
-                for port in &service.ports {
+                for port in &*service.ports {
                     let served = udp::served(table, &service.id, &port.name, port.protocol);
                     // An SCTP port, and an UDP port that has no socket yet, are left to whoever else does them.
                     let action = match (port.protocol, served) {
@@ -161,7 +159,7 @@ impl Desired {
                         (Protocol::Sctp, _) => continue,
                     };
                     for ip in addresses(service, cfg.external_ips, address) {
-                        rules.entry((ip.into(), port.number, port.protocol)).or_insert(action);
+                        rules.or_insert_with((ip.into(), port.number, port.protocol), || action);
                     }
                 }
             }
@@ -188,19 +186,14 @@ impl Desired {
 
 /// The addresses that need a route, and those of the cluster that our routes must keep clear of.
 #[must_use]
-pub fn addresses_of(
-    table: &Table,
-    cfg: &ProxyConfig,
-    own: Ipv4Addr,
-    ports: &Ports,
-) -> (BTreeSet<Ipv4Addr>, Vec<Prefix>) {
+pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Ports) -> (Set<Ipv4Addr>, Vec<Prefix>) {
     let proxied = proxied(table).filter(|_| ports.proxy.is_some());
-    let mut vips: BTreeSet<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
+    let mut vips: Set<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
     vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own)));
-    let nodes = table.nodes().flat_map(|n| &n.addresses);
-    let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| &e.address);
+    let nodes = table.nodes().flat_map(|n| n.addresses.iter().copied());
+    let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| e.address);
     let taken = nodes.chain(endpoints).filter_map(|ip| match ip {
-        IpAddr::V4(v4) => Some(Prefix::host(*v4)),
+        IpAddr::V4(v4) => Some(Prefix::host(v4)),
         IpAddr::V6(_) => None,
     });
     let avoid = taken.filter(|p| !vips.contains(&p.address())).collect();
@@ -235,9 +228,9 @@ mod tests {
         let mut service = Service {
             id: id.clone(),
             kind: ServiceKind::ClusterIp,
-            vips: vec![vip.parse().unwrap()],
-            external_ips: vec!["203.0.113.7".parse().unwrap()],
-            ports: vec![ServicePort { name: "".into(), number: 80, protocol, node_port: 0 }],
+            vips: vec![vip.parse().unwrap()].into(),
+            external_ips: ["203.0.113.7".parse().unwrap()].into(),
+            ports: [ServicePort { name: "".into(), number: 80, protocol, node_port: 0 }].into(),
             affinity: Affinity::None,
             local_only: false,
             not_proxied: false,
@@ -257,7 +250,7 @@ mod tests {
         let slice = Slice {
             id: SliceId { namespace: "default".into(), name: name.into() },
             service: name.into(),
-            ports: vec![SlicePort { name: "".into(), number: 8080, protocol }],
+            ports: [SlicePort { name: "".into(), number: 8080, protocol }].into(),
             endpoints: vec![endpoint],
         };
         table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
@@ -316,7 +309,7 @@ mod tests {
         for (ready, other) in [(true, Action::Redirect(4000)), (false, Action::Refuse)] {
             let mut table = Table::default();
             add(&mut table, "kube-dns", "10.96.0.10", Protocol::Tcp, ready, |s| {
-                s.ports = vec![port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)];
+                s.ports = [port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)].into();
             });
             let mut ports = Ports { take_over: Some(("default".into(), "kube-dns".into())), ..PORTS };
             let ours = |protocol| ("10.96.0.10".into(), 53, protocol, Action::Redirect(5300));
@@ -327,7 +320,7 @@ mod tests {
             want.pop();
             assert_eq!(rules_with(&table, &cfg(), &ports), want);
             let vip = "10.96.0.10".parse().unwrap();
-            assert_eq!(addresses_of(&table, &cfg(), OWN, &ports).0, BTreeSet::from([vip]));
+            assert_eq!(addresses_of(&table, &cfg(), OWN, &ports).0, Set::from([vip]));
             ports.dns = None;
             assert!(rules_with(&table, &cfg(), &ports).is_empty());
         }
@@ -344,8 +337,8 @@ mod tests {
 
     #[test]
     fn interface_names_cannot_smuggle_options() {
-        let none = BTreeSet::new();
-        assert_eq!(Catch::new(&[], &BTreeSet::from(["wan".into()])).unwrap(), Catch::AllBut(vec!["wan".into()]));
+        let none = Set::new();
+        assert_eq!(Catch::new(&[], &Set::from(["wan".into()])).unwrap(), Catch::AllBut(vec!["wan".into()]));
         assert_eq!(Catch::new(&["br-lan.2".into()], &none).unwrap(), Catch::Only(vec!["br-lan.2".into()]));
         for bad in ["", "a b", "-j", "x\nCOMMIT", "\"", "much-too-long-name"] {
             assert!(Catch::new(&[bad.into()], &none).is_err(), "{bad:?}");

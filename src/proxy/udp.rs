@@ -1,13 +1,13 @@
 //! UDP Services: which ports want a socket, where it is bound, and which client talks to which endpoint.
 
 use super::rules::proxied;
+use crate::sorted::{Map, Set};
 use crate::table::{
     Table,
     model::{Protocol, ServiceId},
 };
 use lru::LruCache;
 use std::{
-    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     num::NonZeroUsize,
     time::{Duration, Instant},
@@ -34,12 +34,12 @@ const COUNT: u16 = 20_000;
 pub type PortId = (ServiceId, u16);
 
 /// Where each is served, on weft0's address.
-pub type Ports = BTreeMap<PortId, u16>;
+pub type Ports = Map<PortId, u16>;
 
 /// The ports that want a socket: somebody serves them.
 #[must_use]
-pub fn wanted(table: &Table) -> BTreeSet<PortId> {
-    let mut out = BTreeSet::new();
+pub fn wanted(table: &Table) -> Set<PortId> {
+    let mut out = Set::new();
     for service in proxied(table) {
         for port in service.ports.iter().filter(|p| p.protocol == Protocol::Udp) {
             if out.len() < PORTS_MAX && served(table, &service.id, &port.name, Protocol::Udp) {
@@ -237,7 +237,7 @@ mod tests {
         let id = |name: &str| (ServiceId { namespace: "default".into(), name: name.into() }, 53);
         let all: Vec<u16> = places(&id("dns")).collect();
         assert_eq!(all, places(&id("dns")).collect::<Vec<_>>());
-        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), usize::from(COUNT));
+        assert_eq!(all.iter().collect::<Set<_>>().len(), usize::from(COUNT));
         assert!(all.iter().all(|p| (FIRST..FIRST + COUNT).contains(p)));
         assert_ne!(all[0], places(&id("other")).next().unwrap());
     }

@@ -4,7 +4,8 @@ use super::model::{
     Affinity, Change, Endpoint, Object, Service, ServiceId, ServiceKind, ServicePort, Slice, SliceId, SlicePort, Source,
 };
 use crate::config::StaticService;
-use std::{collections::BTreeMap, time::Duration};
+use crate::sorted::Map;
+use std::time::Duration;
 
 /// One complete list.
 pub fn changes(services: &[StaticService]) -> impl Iterator<Item = Change> + '_ {
@@ -23,7 +24,7 @@ fn service(of: &StaticService) -> Service {
         id: id(of),
         kind: if of.ip.is_some() { ServiceKind::ClusterIp } else { ServiceKind::Headless },
         vips: of.ip.into_iter().collect(),
-        external_ips: Vec::new(),
+        external_ips: [].into(),
         ports: of
             .ports
             .iter()
@@ -40,9 +41,9 @@ fn service(of: &StaticService) -> Service {
 /// One slice for the endpoints on the ports' targets, and one for each port that endpoints have instead. A colon, which
 /// no Service's name holds, keeps the names of the latter apart from those of other Services.
 fn slices(of: &StaticService) -> impl Iterator<Item = Object> + '_ {
-    let mut by_port: BTreeMap<Option<u16>, Vec<Endpoint>> = BTreeMap::new();
+    let mut by_port: Map<Option<u16>, Vec<Endpoint>> = Map::new();
     for endpoint in &of.endpoints {
-        by_port.entry(endpoint.port).or_default().push(Endpoint {
+        by_port.or_insert_with(endpoint.port, Default::default).push(Endpoint {
             address: endpoint.address,
             hostname: endpoint.hostname.as_deref().map(Into::into),
             node: endpoint.node.as_deref().map(Into::into),

@@ -310,11 +310,11 @@ mod tests {
     /// RFC 9001 appendix A.5: the only ChaCha20 vector of QUIC.
     #[test]
     fn header_mask_of_rfc_9001() {
-        let hp = data_encoding::HEXLOWER
+        let hp = crate::encoding::HEXLOWER
             .decode(b"25a282b9e82f06f21f488917a4fc8f1b73573685608597d0efcb076b0ab7a7a4")
             .unwrap();
         let key = aead::quic::HeaderProtectionKey::new(&aead::quic::CHACHA20, &hp).unwrap();
-        let sample = data_encoding::HEXLOWER.decode(b"5e5cd55c41f69080575d7999c25a5bfb").unwrap();
+        let sample = crate::encoding::HEXLOWER.decode(b"5e5cd55c41f69080575d7999c25a5bfb").unwrap();
         assert_eq!(key.new_mask(&sample).unwrap(), [0xae, 0xfe, 0xfe, 0x7d, 0x03]);
     }
 }

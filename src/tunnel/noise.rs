@@ -12,7 +12,8 @@ use super::{
     frame::Cursor,
     gate::varint,
     identity::{CaPublic, Certificate},
-    keys::{KEY_LEN, Key, TAG_LEN, derive, expand, fill, initial_keys, keys, mac, packet_pair},
+    keys::{KEY_LEN, Key, TAG_LEN, derive, expand, initial_keys, keys, mac, packet_pair},
+    suite,
 };
 use quinn_proto::{
     ConnectError, ConnectionId, Side, TransportError, TransportErrorCode,
@@ -129,14 +130,8 @@ impl Local {
     }
 
     fn builder<'a>(&'a self, psk: &'a Key) -> Result<snow::Builder<'a>, snow::Error> {
-        let params = PATTERN.parse()?;
-        let builder = match &self.entropy {
-            None => snow::Builder::new(params),
-            Some(rng) => {
-                let seed = rng.lock().map_or(0, |mut rng| rng.u64(..));
-                snow::Builder::with_resolver(params, Box::new(Seeded(seed)))
-            }
-        };
+        let seed = self.entropy.as_ref().map(|rng| rng.lock().map_or(0, |mut rng| rng.u64(..)));
+        let builder = suite::builder(PATTERN, seed)?;
         builder.local_private_key(&self.secret.0)?.psk(1, &psk.0)?.prologue(PROLOGUE)
     }
 
@@ -148,32 +143,6 @@ impl Local {
             return Err(format!("certificate of {}: it is for another key", certificate.name));
         }
         Ok(certificate)
-    }
-}
-
-/// snow's own primitives with a seeded generator.
-struct Seeded(u64);
-struct SeededRng(fastrand::Rng);
-
-impl snow::types::Random for SeededRng {
-    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
-        fill(&mut self.0, dest);
-        Ok(())
-    }
-}
-
-impl snow::resolvers::CryptoResolver for Seeded {
-    fn resolve_rng(&self) -> Option<Box<dyn snow::types::Random>> {
-        Some(Box::new(SeededRng(fastrand::Rng::with_seed(self.0))))
-    }
-    fn resolve_dh(&self, choice: &snow::params::DHChoice) -> Option<Box<dyn snow::types::Dh>> {
-        snow::resolvers::DefaultResolver.resolve_dh(choice)
-    }
-    fn resolve_hash(&self, choice: &snow::params::HashChoice) -> Option<Box<dyn snow::types::Hash>> {
-        snow::resolvers::DefaultResolver.resolve_hash(choice)
-    }
-    fn resolve_cipher(&self, choice: &snow::params::CipherChoice) -> Option<Box<dyn snow::types::Cipher>> {
-        snow::resolvers::DefaultResolver.resolve_cipher(choice)
     }
 }
 

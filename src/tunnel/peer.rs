@@ -7,8 +7,9 @@ use super::{
     punch::Paths,
     recall::Remembered,
 };
+use crate::sorted::Map;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -113,7 +114,7 @@ fn touch(peer: &mut Peer, touched: &mut Vec<Rc<str>>) {
 /// All peers by name, and the flows that lead to them.
 #[derive(Default)]
 pub(super) struct Peers {
-    by_name: BTreeMap<String, Peer>,
+    by_name: Map<String, Peer>,
     by_flow: HashMap<(usize, u32), String>,
     by_disco: HashMap<u64, String>,
     /// A thousand idle peers cost nothing: whoever may change a peer touches it, and only those that were touched
@@ -121,7 +122,7 @@ pub(super) struct Peers {
     timers: BTreeSet<(Instant, Rc<str>)>,
     touched: Vec<Rc<str>>,
     /// Of before a restart, unchecked; at most [`PEERS_MAX`].
-    pub(super) of_before: BTreeMap<String, Remembered>,
+    pub(super) of_before: Map<String, Remembered>,
 }
 
 impl Peers {
@@ -189,7 +190,7 @@ impl Peers {
             self.by_flow.retain(|_, n| *n != idle);
             self.by_disco.retain(|_, n| *n != idle);
         }
-        self.by_name.entry(name.into()).or_insert_with(|| Peer::new(name, now));
+        self.by_name.or_insert_with(name.into(), || Peer::new(name, now));
         self.get_mut(name)
     }
 

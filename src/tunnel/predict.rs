@@ -3,8 +3,8 @@
 //! A node numbers the destinations that it writes to. Two of them, relays or peers, that say from which ports
 //! they see us show whether ports follow the numbers, and so which port a peer will see.
 
+use crate::sorted::Map;
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -23,9 +23,9 @@ const EXPIRY: Duration = Duration::from_secs(120);
 pub(super) struct Ports {
     made: i64,
     /// The number of each destination, and when it was last written to.
-    sent: BTreeMap<SocketAddr, (i64, Instant)>,
+    sent: Map<SocketAddr, (i64, Instant)>,
     /// By number: what that destination says that it sees.
-    seen: BTreeMap<i64, SocketAddr>,
+    seen: Map<i64, SocketAddr>,
 }
 
 impl Ports {

@@ -3,7 +3,7 @@
 
 use super::{identity::Certificate, node::Node, path::Path, peer::PEERS_MAX, slot::Slot};
 use crate::metrics::bump;
-use std::{collections::BTreeMap, net::SocketAddr, time::Instant};
+use std::{net::SocketAddr, time::Instant};
 
 /// One peer as the snapshot keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl Node {
     #[must_use]
     pub fn remembered(&self) -> Vec<Remembered> {
         let now = self.unix();
-        let mut all = BTreeMap::new();
+        let mut all = crate::sorted::Map::new();
         for peer in self.peers.iter() {
             if let (Some(certificate), Some(address)) =
                 (&peer.certificate, peer.paths.last_good().filter(|at| lasts(*at)))
@@ -41,7 +41,7 @@ impl Node {
         }
         for (name, peer) in &self.peers.of_before {
             if all.len() < PEERS_MAX && now <= peer.certificate.not_after {
-                all.entry(name.clone()).or_insert_with(|| peer.clone());
+                all.or_insert_with(name.clone(), || peer.clone());
             }
         }
         all.into_values().collect()

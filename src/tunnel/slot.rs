@@ -1,9 +1,10 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
 use super::{congestion::OnLink, node::KEEPALIVE, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
+use crate::sorted::Map;
 use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeSet, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     sync::atomic::Ordering,
     time::{Duration, Instant},
@@ -73,7 +74,7 @@ pub(super) struct Slot {
     pub(super) next_keepalive: Instant,
     pub(super) lost: bool,
     /// Our key of each stream.
-    pub(super) streams: BTreeMap<StreamId, u32>,
+    pub(super) streams: Map<StreamId, u32>,
     /// For when it is on the list of timers; that may be too early, never too late.
     timer: Option<Instant>,
     pub(super) dirty: bool,
@@ -106,7 +107,7 @@ impl Slot {
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
             lost: false,
-            streams: BTreeMap::new(),
+            streams: Map::new(),
             timer: None,
             dirty: false,
             tx_bytes: 0,

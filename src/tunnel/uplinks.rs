@@ -1,8 +1,8 @@
 //! By which of its addresses a host with several uplinks sends. While it has one alone the routing table decides.
 
 use super::{lan::Link, node::Node, path::Way};
+use crate::sorted::Map;
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     time::{Duration, Instant},
@@ -126,7 +126,7 @@ pub(super) struct Pilot {
     /// What takes a relay's path is to be said again when a relay answers.
     moved: bool,
     /// Where a relay sees us by uplinks whose turn it is not.
-    seen: BTreeMap<IpAddr, SocketAddr>,
+    seen: Map<IpAddr, SocketAddr>,
 }
 
 impl Pilot {

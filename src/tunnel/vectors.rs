@@ -13,8 +13,8 @@ use super::{
     open::{encode, encode_answer},
     stream::Refusal,
 };
+use crate::encoding::HEXLOWER;
 use crate::table::model::{Protocol, ServiceId};
-use data_encoding::HEXLOWER;
 use quinn_proto::{
     ConnectionId, Side,
     crypto::{ClientConfig, ServerConfig, Session},

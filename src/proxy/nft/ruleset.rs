@@ -5,11 +5,12 @@ use super::{
     expr::{Expr, Meta, Refusal, Verdict, registers},
     wire::{Attrs, Batch, Family, Kind, NLM_F_APPEND, NLM_F_CREATE},
 };
+use crate::sorted::Set;
 use crate::{
     proxy::rules::{Action, Catch, DEVICE, Desired, REFUSED},
     table::model::Protocol,
 };
-use std::{collections::BTreeSet, net::IpAddr};
+use std::net::IpAddr;
 
 /// Our table's name, in each family.
 pub const TABLE: &str = "weft";
@@ -77,7 +78,7 @@ pub fn protocol(p: Protocol) -> u8 {
 /// One address and port that clients use, and the port of weft0's address where they are brought.
 type Element = (IpAddr, u8, u16, u16);
 
-fn elements(desired: &Desired) -> BTreeSet<Element> {
+fn elements(desired: &Desired) -> Set<Element> {
     let to = |action| match action {
         Action::Redirect(port) => port,
         Action::Refuse => REFUSED,
@@ -117,7 +118,7 @@ fn name(interface: &str) -> [u8; NAME] {
 #[must_use]
 pub fn count(desired: &Desired) -> usize {
     let (Catch::Only(names) | Catch::AllBut(names)) = &desired.catch;
-    desired.rules.len() + names.iter().collect::<BTreeSet<_>>().len()
+    desired.rules.len() + names.iter().collect::<Set<_>>().len()
 }
 
 /// Writes our table anew, whatever is there under its name.

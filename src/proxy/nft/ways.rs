@@ -5,10 +5,8 @@ use super::{
     ruleset::TABLE,
     wire::{Family, Kind, attr, attrs, long, number, text},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use crate::sorted::{Map, Set};
+use std::fmt;
 
 /// What says whose rule it is, to us and to who lists the chain.
 const COMMENT: &str = "weft: connections to Services";
@@ -39,7 +37,7 @@ struct Seen {
     /// It has a rule that ends what it matches, and matches more than single addresses, ports or states.
     refuses: bool,
     /// Where such a rule leads.
-    leads_to: BTreeSet<String>,
+    leads_to: Set<String>,
 }
 
 type Place = (Family, String, String);
@@ -48,8 +46,8 @@ type Place = (Family, String, String);
 #[derive(Debug, Default)]
 pub struct Ways {
     /// With their policy's being to drop.
-    inputs: BTreeMap<Way, bool>,
-    chains: BTreeMap<Place, Seen>,
+    inputs: Map<Way, bool>,
+    chains: Map<Place, Seen>,
     /// Our rules, in order, and the handle of each.
     ours: Vec<(Way, u64)>,
     overflow: bool,
@@ -91,7 +89,7 @@ impl Ways {
     }
 
     /// The tables whose rules are to be looked at.
-    pub fn tables(&self) -> BTreeSet<(Family, String)> {
+    pub fn tables(&self) -> Set<(Family, String)> {
         self.inputs.keys().map(|way| (way.family, way.table.clone())).collect()
     }
 
@@ -110,7 +108,7 @@ impl Ways {
             self.overflow = true;
             return;
         }
-        let seen = self.chains.entry((family, table, chain)).or_default();
+        let seen = self.chains.or_insert_with((family, table, chain), Default::default);
         match end {
             End::Refuses => seen.refuses = true,
             End::LeadsTo(chain) => drop(seen.leads_to.insert(chain)),
@@ -119,7 +117,7 @@ impl Ways {
 
     fn refuses(&self, way: &Way) -> bool {
         let mut todo = vec![way.chain.clone()];
-        let mut been = BTreeSet::new();
+        let mut been = Set::new();
         while let Some(chain) = todo.pop() {
             if !been.insert(chain.clone()) {
                 continue;
@@ -148,7 +146,7 @@ impl Ways {
     /// Rules of ours that nobody needs: in a chain that no longer drops, or there twice.
     #[must_use]
     pub fn spare(&self) -> Vec<(Way, u64)> {
-        let mut first = BTreeSet::new();
+        let mut first = Set::new();
         let needed = |way: &Way| self.inputs.get(way).is_some_and(|drops| *drops || self.refuses(way));
         self.ours.iter().filter(|(way, _)| !needed(way) || !first.insert(way)).cloned().collect()
     }

@@ -5,8 +5,8 @@ use crate::config::{
     RelayName,
     read::{self, Mistake, tables},
 };
+use crate::encoding::BASE64;
 use anyhow::{Context, bail, ensure};
-use data_encoding::BASE64;
 use std::fmt::Write;
 use zeroize::{Zeroize, Zeroizing};
 

@@ -1,7 +1,7 @@
 //! Keys that are wiped when dropped and that no log can show.
 
 use super::PublicKey;
-use data_encoding::BASE64;
+use crate::encoding::BASE64;
 use ring::rand::SecureRandom;
 use snow::{
     params::DHChoice,

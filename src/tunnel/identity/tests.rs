@@ -123,7 +123,7 @@ fn x25519_as_rfc_7748_has_it() {
     nine[0] = 9;
     let public = KeyPair::from_private(Secret::new(nine)).unwrap().public;
     assert_eq!(
-        data_encoding::HEXLOWER.encode(&public),
+        crate::encoding::HEXLOWER.encode(&public),
         "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
     );
 }
@@ -169,7 +169,7 @@ fn a_bundle_that_does_not_fit_says_where() {
         "private_key: it is not the key of the certificate (edge-1)"
     );
     assert_eq!(
-        edit(&data_encoding::BASE64.encode(&good.ca.0), &data_encoding::BASE64.encode(&other.ca.0)),
+        edit(&crate::encoding::BASE64.encode(&good.ca.0), &crate::encoding::BASE64.encode(&other.ca.0)),
         "certificate, against the bundle's ca: the certificate is not signed by this cluster's CA"
     );
     assert_eq!(edit("epoch = 1", "epoch = 2"), "psk: epoch 2 is there twice");
