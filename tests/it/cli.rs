@@ -320,10 +320,10 @@ fn a_hangup_reads_the_file_again() {
     agent.signal("-HUP");
     line_with("reload: 2 services of the configuration");
     assert!(agent.ask(&["status"]).1.contains("\ntable     2 services, 2 endpoints, 0 nodes\n"));
-    Agent::configure(&dir, &agent.socket, "dns.ttl = 5\nnode.name = \"another\"");
+    Agent::configure(&dir, &agent.socket, "dns.ttl = 5\nproxy.mark = 64");
     agent.signal("-HUP");
     line_with("0 services of the configuration; begun anew: dns, rules");
-    line_with("node.name stay as they are until a restart");
+    line_with("proxy.mark stay as they are until a restart");
     assert_eq!(agent.ask(&["services"]).1, "no services\n");
     fs::write(dir.path().join("weft.toml"), "dns = 1").unwrap();
     agent.signal("-HUP");
