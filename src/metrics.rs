@@ -124,6 +124,12 @@ counters! {
         relayed_bytes,
         /// Datagrams not relayed: rate, burst or queue limits.
         relay_drops,
+        /// TCP connections to the relay that showed no psk of ours, in time or at all.
+        tcp_strangers,
+        /// Nodes that came by TCP and were turned away: too many.
+        tcp_full,
+        /// Datagrams dropped because a TCP connection was full.
+        tcp_drops,
         /// Handshake work put off: the public-key budget was used up.
         budget_exceeded,
     }

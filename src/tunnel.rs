@@ -32,15 +32,19 @@ mod view;
 mod ways;
 mod windows;
 
+pub(crate) use admit::Effort;
 pub use home::RelaySpec;
 pub use keys::Key;
+pub(crate) use keys::{Aead, derive};
 pub use lan::Link;
 pub use recall::Remembered;
 pub use relay::RelayLoad;
+pub(crate) use stream::Shared;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
 
 use crate::{
+    carrier::{self, Carrier, address, noise::Identity},
     clock::Clock,
     config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
@@ -67,7 +71,6 @@ use std::{
     sync::{Arc, atomic::AtomicU32},
     time::{Duration, Instant},
 };
-use stream::Shared;
 
 /// Datagrams, or batches of them, that one receive call takes.
 const RX_BATCH: usize = 2;
@@ -104,6 +107,8 @@ pub struct Driver {
     links: Vec<Link>,
     /// None where the kernel has no netlink for us: links are then as they were at the start.
     monitor: Option<Monitor>,
+    /// For relays, or nodes, that have no UDP.
+    carrier: Rc<Carrier>,
 }
 
 /// Why the driver is awake.
@@ -163,6 +168,11 @@ impl Driver {
             }
         }
         relays.retain(|r| r.certificate.name != name);
+        let identity = Identity {
+            secret: keys::Key(*pair.private.expose()),
+            public: pair.public,
+            psks: bundle.psks.iter().map(|p| (p.epoch, keys::Key(*p.key.expose()))).collect(),
+        };
         let local = Local {
             secret: keys::Key(*pair.private.expose()),
             public: pair.public,
@@ -195,6 +205,18 @@ impl Driver {
         node.remember(remembered);
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
+        let carrier = carrier::Setup {
+            shared: Rc::clone(&shared),
+            identity,
+            clock,
+            count: Rc::clone(&counters),
+            lookup: Rc::clone(&lookup),
+            mark,
+            udp: socket.get_ref().try_clone()?,
+            v6,
+            is_relay,
+        };
+        let carrier = Carrier::new(config, carrier);
         let driver = Self {
             socket,
             udp,
@@ -208,6 +230,7 @@ impl Driver {
             port,
             links: Vec::new(),
             monitor: Monitor::open().map_err(|e| log::warn!(target: "tunnel", "{e:#}")).ok(),
+            carrier,
         };
         Ok((driver, handle))
     }
@@ -224,7 +247,16 @@ impl Driver {
     ///
     /// # Errors
     /// When the socket can no longer be waited for.
-    pub async fn run(mut self) -> anyhow::Result<()> {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let carrier = Rc::clone(&self.carrier);
+        let carried = async {
+            carrier.run().await;
+            Ok(())
+        };
+        or(self.drive(), carried).await
+    }
+
+    async fn drive(mut self) -> anyhow::Result<()> {
         let most = self.udp.max_gso_segments().min(GSO_MOST);
         let gso = if most > 1 && probe_gso().await { most } else { 1 };
         log::debug!(target: "tunnel", "segments per send: {gso}, per receive: {}", self.udp.gro_segments());
@@ -322,6 +354,8 @@ impl Driver {
         let Some((relay, port, host)) = self.lookups.pop_front() else { return };
         let found = (self.lookup)(host.clone());
         let v6 = self.v6;
+        // A proxy may know a name that we cannot look up.
+        let unknown = self.carrier.proxy.as_ref().map(|_| address::unknown(relay, port));
         self.resolving = Some(
             async move {
                 let address = match found.await {
@@ -332,13 +366,16 @@ impl Driver {
                         .ok_or_else(|| format!("{host} has no address that we can reach")),
                     Err(error) => Err(format!("{host} was not found: {error}")),
                 };
-                (relay, address)
+                (relay, address.or_else(|why| unknown.ok_or(why)))
             }
             .boxed_local(),
         );
     }
 
     async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>) {
+        if self.carrier.send(to, bytes, segment) {
+            return;
+        }
         let destination = match (self.v6, to) {
             (true, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
             _ => to,
@@ -397,6 +434,7 @@ impl Driver {
         let (now, port) = (self.clock.now(), self.port);
         self.shared.node().set_links(now, links.clone(), port);
         self.links = links;
+        self.carrier.detours.moved(&self.carrier);
     }
 
     fn receive(&self, rx: &mut [u8]) {
@@ -410,8 +448,12 @@ impl Driver {
             let Ok(count) = received else { return };
             let now = self.clock.now();
             for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
+                if address::is_made_up(meta.addr) {
+                    continue;
+                }
                 let mut node = self.shared.node();
                 node.handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+                self.carrier.detours.heard_by_udp(&self.carrier, meta.addr);
                 node.account(|| self.clock.now());
             }
             if count < RX_BATCH {

@@ -84,6 +84,8 @@ pub(super) struct RawTunnel {
     pub(super) profile: Text,
     pub(super) congestion: Text,
     pub(super) relays: Option<Vec<Spanned<String>>>,
+    pub(super) tcp_fallback: Number,
+    pub(super) proxy: Text,
 }
 
 #[derive(Default, Deserialize)]

@@ -1,5 +1,7 @@
 //! Our side of the relays: where we are registered, whether they still answer, what they tell us.
 
+mod carried;
+
 use super::{
     control::{Channel, Control, parse_header},
     frame::parse_data,
@@ -7,7 +9,7 @@ use super::{
     keys::Key,
     outbox::Outbox,
 };
-use crate::backoff::Backoff;
+use crate::{backoff::Backoff, carrier::address::is_client};
 use std::{
     net::SocketAddr,
     time::{Duration, Instant},
@@ -67,6 +69,8 @@ pub(super) struct Home {
     state: State,
     backoff: Backoff,
     pub(super) note: String,
+    /// Its datagrams go by TCP.
+    pub(super) by_tcp: bool,
 }
 
 /// What the node has to do for a relay.
@@ -123,6 +127,7 @@ impl Homes {
             state: State::Down { retry: now },
             backoff: Backoff::new(RETRY_FIRST, RETRY_MOST),
             note: String::new(),
+            by_tcp: false,
         };
         Self { list: relays.into_iter().map(home).collect(), rng }
     }
@@ -362,7 +367,7 @@ impl Homes {
     /// (registered, RTT, since, the address that it sees us at).
     pub(super) fn view(&self, relay: usize) -> (bool, Option<Duration>, Option<Instant>, Option<SocketAddr>) {
         match self.list.get(relay).map(|h| &h.state) {
-            Some(State::Up(up)) => (up.rtt.is_some(), up.rtt, Some(up.since), up.observed),
+            Some(State::Up(up)) => (up.rtt.is_some(), up.rtt, Some(up.since), up.observed.filter(|a| !is_client(*a))),
             Some(State::Down { .. } | State::Resolving | State::Dialing) | None => (false, None, None, None),
         }
     }

@@ -1,6 +1,7 @@
 //! What the tunnel shows of itself.
 
 use super::{PeerView, RelayView, congestion::controller, disco::Mapping, node::Node, path::Path, peer::Peer};
+use crate::carrier::address::is_made_up;
 use std::time::Instant;
 
 impl Node {
@@ -47,11 +48,15 @@ impl Node {
             let (registered, rtt, _, observed) = self.homes.view(relay);
             Some(RelayView {
                 name: home.certificate.name.clone(),
-                address: home.address.map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
+                address: home
+                    .address
+                    .filter(|a| !is_made_up(*a))
+                    .map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
                 registered,
                 rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
                 note: match observed {
                     Some(address) if registered => format!("sees us as {address}"),
+                    _ if registered && home.by_tcp => "by TCP: it does not answer by UDP".into(),
                     _ => home.note.clone(),
                 },
             })
