@@ -70,7 +70,7 @@ impl Socket {
         let _ = sys::nodelay(&socket);
         let _ = sys::queue_less(&socket, KERNEL_QUEUE);
         let _ = sys::keepalive(&socket, KEEPALIVE.0, KEEPALIVE.1, KEEPALIVE.2);
-        Async::new_nonblocking(socket).map(Self)
+        Async::new(socket).map(Self)
     }
 
     /// Resolves once [`sys::connect`] has come to an end.
@@ -391,7 +391,9 @@ impl Carrier {
         let (now, segment) = (self.clock.now(), batch.segment);
         line.unproven.take();
         line.heard.set(now);
-        self.shared.node().handle_datagrams(now, line.address, &mut batch.bytes, segment);
+        let mut node = self.shared.node();
+        node.handle_datagrams(now, line.address, &mut batch.bytes, segment);
+        node.account(|| self.clock.now());
         batch.bytes.clear();
         self.shared.bell.ring();
     }

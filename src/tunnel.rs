@@ -84,6 +84,8 @@ const GSO_MOST: usize = 32;
 const SOCKET_BUFFER: usize = 1 << 20;
 /// Of the block for one site, RFC 2365 section 6.1. All nodes that are to find each other listen on one port.
 const LAN_GROUP: Ipv4Addr = Ipv4Addr::new(239, 255, 120, 67);
+/// Before a proxy is left to look up a relay's name.
+const PROXIED_LOOKUP: Duration = Duration::from_secs(1);
 /// Relays' names that wait to be looked up; there are at most 8 relays.
 const LOOKUPS_MAX: usize = 16;
 
@@ -354,10 +356,22 @@ impl Driver {
         let Some((relay, port, host)) = self.lookups.pop_front() else { return };
         let found = (self.lookup)(host.clone());
         let v6 = self.v6;
-        // A proxy may know a name that we cannot look up.
         let unknown = self.carrier.proxy.as_ref().map(|_| address::unknown(relay, port));
         self.resolving = Some(
             async move {
+                // A proxy may know a name that we cannot look up, and where one is needed our servers may be cut off.
+                let found = async {
+                    match unknown {
+                        Some(_) => {
+                            or(found, async {
+                                Timer::after(PROXIED_LOOKUP).await;
+                                bail!("no answer")
+                            })
+                            .await
+                        }
+                        None => found.await,
+                    }
+                };
                 let address = match found.await {
                     Ok(list) => list
                         .iter()
@@ -453,8 +467,9 @@ impl Driver {
                 }
                 let mut node = self.shared.node();
                 node.handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
-                self.carrier.detours.heard_by_udp(&self.carrier, meta.addr);
                 node.account(|| self.clock.now());
+                drop(node);
+                self.carrier.detours.heard_by_udp(&self.carrier, meta.addr);
             }
             if count < RX_BATCH {
                 return;

@@ -3,8 +3,9 @@
 use crate::backoff::Backoff;
 use std::time::{Duration, Instant};
 
-/// UDP has so long to bring an answer: two handshakes' PTOs, or three lost PINGs.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// UDP has so long to bring an answer: the first Initial and the next, 1 s later (RFC 9002 section 6.2.2), with a round
+/// trip of a second; or, for a relay that has answered, what follows a PING in vain.
+const PATIENCE: Duration = Duration::from_millis(2500);
 /// Without an answer by TCP for so long the connection is given up.
 const DEAD: Duration = Duration::from_secs(8);
 /// Between two questions whether UDP passes again.
@@ -191,7 +192,7 @@ mod tests {
         assert_eq!(net.run(60, |_| true), []);
         assert_eq!(net.run(2, |_| false), []);
         assert_eq!(net.run(1, |_| true), []);
-        assert_eq!(net.run(10, |_| false), [(66.0, Turn::Dial(0))]);
+        assert_eq!(net.run(10, |_| false), [(65.5, Turn::Dial(0))]);
         assert!(!net.fallback.carries());
         net.fallback.opened(net.now);
         assert!(net.fallback.carries());

@@ -21,7 +21,8 @@ pub(crate) struct RelayAt {
 impl Homes {
     fn missing(&self, relay: usize) -> bool {
         match self.list.get(relay).map(|h| &h.state) {
-            Some(State::Up(up)) => up.rtt.is_none(),
+            // One PING may be lost.
+            Some(State::Up(up)) => up.rtt.is_none() || up.unanswered > 1,
             Some(State::Resolving | State::Dialing) => true,
             Some(State::Down { .. }) => self.wanted() > 0,
             None => false,
@@ -73,7 +74,12 @@ impl Node {
             self.homes.dial_failed(relay, now, "it is asked another way");
             self.close(now, index, "another way");
         }
-        self.homes.hurry(relay, now);
+        for other in 0..self.homes.len() {
+            // What one relay has shown is soon known of all.
+            if other == relay || self.homes.up(other).is_some_and(|up| up.unanswered == 0) {
+                self.homes.hurry(other, now);
+            }
+        }
         self.due = Some(now);
         self.handle_tick(now);
     }
