@@ -7,6 +7,7 @@ pub mod address;
 pub mod connect;
 pub mod fallback;
 pub mod noise;
+pub mod tls;
 
 use crate::{
     clock::Clock,
@@ -249,7 +250,8 @@ impl Carrier {
     pub(crate) fn new(config: &TunnelConfig, setup: Setup) -> Rc<Self> {
         let Setup { shared, identity, clock, count, lookup, mark, udp, v6, is_relay } = setup;
         let port = config.tcp_fallback;
-        let reception = (is_relay && port != 0).then(|| Reception::bind(config.listen.ip(), port, clock.now()));
+        let reception =
+            (is_relay && port != 0).then(|| Reception::bind(config.listen.ip(), port, &identity, clock.now()));
         let reception = reception.and_then(|r| r.map_err(|e| log::warn!(target: "relay", "{e:#}")).ok());
         Rc::new(Self {
             shared,

@@ -6,6 +6,7 @@ use crate::{
         connect::{HEAD_MAX, Proxy},
         fallback::{Fallback, Turn},
         noise::{Dialer, Opener, REPLY_LEN, Sealer},
+        tls::{self, Tls},
     },
     sys,
 };
@@ -14,6 +15,7 @@ use futures_lite::{
     AsyncReadExt, AsyncWriteExt,
     future::{or, yield_now},
 };
+use ring::rand::{SecureRandom, SystemRandom};
 use smol::{LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
@@ -46,11 +48,13 @@ struct Detour {
 #[derive(Clone, Copy, Debug)]
 struct Way {
     proxied: bool,
+    tls: bool,
 }
 
 fn ways(carrier: &Carrier) -> Vec<Way> {
-    let through = carrier.proxy.is_some().then_some(Way { proxied: true });
-    through.into_iter().chain([Way { proxied: false }]).collect()
+    let both = |proxied| [false, true].map(|tls| Way { proxied, tls });
+    let through = carrier.proxy.is_some().then(|| both(true));
+    through.into_iter().flatten().chain(both(false)).collect()
 }
 
 /// Runs for ever.
@@ -80,7 +84,7 @@ fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) {
         match turn {
             Turn::Rest => {}
             Turn::Dial(way) => {
-                let way = ways.get(way).copied().unwrap_or(Way { proxied: false });
+                let way = ways.get(way).copied().unwrap_or(Way { proxied: false, tls: false });
                 let spec = Spec { relay, way, name: at.name, host: at.host, key: at.key, address };
                 tasks.spawn(go(carrier, Rc::clone(&detour), spec)).detach();
             }
@@ -166,10 +170,11 @@ async fn go(carrier: &Rc<Carrier>, detour: Rc<Detour>, spec: Spec) {
         bail!("no answer for {} s", DIAL.as_secs())
     };
     let Spec { relay, way, name, address, .. } = &spec;
-    let shown = match (&carrier.proxy, way.proxied) {
-        (Some(proxy), true) => format!("TCP port {} through the proxy {}", carrier.port, proxy.shown()),
-        (Some(_) | None, _) => format!("TCP port {}", carrier.port),
-    };
+    let mut shown = format!("{} port {}", if way.tls { "TLS" } else { "TCP" }, carrier.port);
+    if let Some(proxy) = carrier.proxy.as_ref().filter(|_| way.proxied) {
+        shown.push_str(" through the proxy ");
+        shown.push_str(&proxy.shown());
+    }
     let opened = or(dial(carrier, &spec), late).await;
     let now = carrier.clock.now();
     let mut rng = fastrand::Rng::new();
@@ -212,19 +217,27 @@ async fn go(carrier: &Rc<Carrier>, detour: Rc<Detour>, spec: Spec) {
 }
 
 async fn dial(carrier: &Carrier, spec: &Spec) -> anyhow::Result<(Stream, Sealer, Opener)> {
-    let mut stream = match carrier.proxy.as_ref().filter(|_| spec.way.proxied) {
+    let socket = match carrier.proxy.as_ref().filter(|_| spec.way.proxied) {
         Some(proxy) => through(carrier, proxy, &spec.host).await?,
         None if address::is_made_up(spec.address) => bail!("its name cannot be looked up"),
         None => connect(carrier, SocketAddr::new(spec.address.ip(), carrier.port)).await?,
     };
     let (epoch, psk) = carrier.identity.psks.first().context("there is no psk")?;
+    let mut stream: Stream = if spec.way.tls {
+        let mut nonce = [0; 16];
+        SystemRandom::new().fill(&mut nonce).map_err(|_| anyhow::Error::msg("no random numbers"))?;
+        Box::pin(Tls::new(socket, tls::client(&spec.key, psk, &spec.host, nonce)?))
+    } else {
+        Box::pin(socket)
+    };
     let (dialer, hello) = Dialer::new(&spec.key, *epoch, psk)?;
     stream.write_all(&hello).await?;
+    stream.flush().await?;
     let mut reply = [0; REPLY_LEN];
     let read = stream.read_exact(&mut reply).await;
     read.context("it hung up: it is no relay of ours, or its psk or key is another than we know")?;
     let (sealer, opener) = dialer.finish(&reply)?;
-    Ok((Box::pin(stream), sealer, opener))
+    Ok((stream, sealer, opener))
 }
 
 async fn connect(carrier: &Carrier, to: SocketAddr) -> anyhow::Result<Socket> {

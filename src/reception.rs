@@ -2,15 +2,16 @@
 
 use crate::{
     carrier::{
-        Carrier, Line, Socket, address,
-        noise::{self, HELLO_LEN},
+        Carrier, Line, Socket, Stream, address,
+        noise::{self, HELLO_LEN, Identity},
+        tls::{FIRST_BYTE, Greeting, Server, Tls},
     },
     metrics::bump,
     sys,
     tunnel::Effort,
 };
 use anyhow::Context;
-use futures_lite::{AsyncReadExt, AsyncWriteExt, future::or};
+use futures_lite::{AsyncRead, AsyncReadExt, AsyncWriteExt, future::or};
 use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
@@ -44,6 +45,7 @@ const BATCH: usize = 32;
 pub(crate) struct Reception {
     listener: Async<TcpListener>,
     waiting: Rc<RefCell<Waiting>>,
+    tls: Server,
     effort: RefCell<Effort>,
     next: Cell<u32>,
 }
@@ -71,7 +73,7 @@ impl Reception {
     ///
     /// # Errors
     /// When the port is taken, or not for us.
-    pub(crate) fn bind(ip: IpAddr, port: u16, now: Instant) -> anyhow::Result<Self> {
+    pub(crate) fn bind(ip: IpAddr, port: u16, identity: &Identity, now: Instant) -> anyhow::Result<Self> {
         let wanted = SocketAddr::new(ip, port);
         let v4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
         let listener = match sys::tcp_listener(&wanted) {
@@ -87,6 +89,7 @@ impl Reception {
         Ok(Self {
             listener: Async::new_nonblocking(listener)?,
             waiting: Rc::default(),
+            tls: Server::new(&identity.public, &identity.psks)?,
             effort: RefCell::new(Effort::new(now)),
             next: Cell::new(0),
         })
@@ -151,6 +154,49 @@ impl Reception {
         self.waiting.borrow_mut().insert(number, (ip, task));
     }
 
+    /// Until there is time for public-key work.
+    async fn may_work(&self, carrier: &Carrier) {
+        while !self.effort.borrow_mut().any_left(carrier.clock.now()) {
+            bump(&carrier.count.budget_exceeded);
+            Timer::after(PAUSE).await;
+        }
+    }
+
+    /// Reads the hello, inside TLS where it begins so. Wrong bytes end it before the rest is there.
+    async fn greet(
+        &self,
+        carrier: &Carrier,
+        mut socket: Socket,
+        hello: &mut [u8; HELLO_LEN],
+    ) -> Result<Stream, String> {
+        let mut have = read(&mut socket, hello).await?;
+        let mut stream: Stream = if hello[0] == FIRST_BYTE {
+            let mut greeting = Greeting::default();
+            self.may_work(carrier).await;
+            loop {
+                let begin = carrier.clock.now();
+                let greeted = greeting.read(&hello[..have], &self.tls)?;
+                if let Some(connection) = greeted {
+                    self.effort.borrow_mut().spend(carrier.clock.now().saturating_duration_since(begin));
+                    have = 0;
+                    break Box::pin(Tls::new(socket, connection));
+                }
+                have = read(&mut socket, hello).await?;
+            }
+        } else {
+            Box::pin(socket)
+        };
+        loop {
+            if have > 0 && hello[0] != 0 {
+                return Err("it does not speak our protocol".into());
+            }
+            if have == HELLO_LEN {
+                return Ok(stream);
+            }
+            have += read(&mut stream, &mut hello[have..]).await?;
+        }
+    }
+
     async fn serve(
         &self,
         carrier: &Rc<Carrier>,
@@ -160,18 +206,11 @@ impl Reception {
     ) -> Result<(), String> {
         let number = place.number;
         let begun = carrier.clock.now();
-        let late = || async {
-            Timer::at(begun + HANDSHAKE).await;
-            Err("no word that we know, in time".to_owned())
-        };
-        let mut stream = Socket::new(socket).map_err(|e| e.to_string())?;
+        let socket = Socket::new(socket).map_err(|e| e.to_string())?;
         let mut hello = [0; HELLO_LEN];
-        or(read_hello(&mut stream, &mut hello), late()).await?;
+        let mut stream = in_time(begun, self.greet(carrier, socket, &mut hello)).await?;
         let psk = noise::recognise(&carrier.identity, &hello).map_err(|e| e.to_string())?;
-        while !self.effort.borrow_mut().any_left(carrier.clock.now()) {
-            bump(&carrier.count.budget_exceeded);
-            Timer::after(PAUSE).await;
-        }
+        self.may_work(carrier).await;
         let begin = carrier.clock.now();
         let answer = noise::answer(&carrier.identity, psk, &hello);
         self.effort.borrow_mut().spend(carrier.clock.now().saturating_duration_since(begin));
@@ -180,7 +219,11 @@ impl Reception {
             bump(&carrier.count.tcp_full);
             return Ok(());
         }
-        or(async { stream.write_all(&reply).await.map_err(|e| e.to_string()) }, late()).await?;
+        let written = async {
+            stream.write_all(&reply).await.map_err(|e| e.to_string())?;
+            stream.flush().await.map_err(|e| e.to_string())
+        };
+        in_time(begun, written).await?;
         // Whoever has heard a hello can say it again, but no record after it.
         let line = Line::new(address::client(number), sealer, carrier.clock.now());
         *line.unproven.borrow_mut() = Some(Box::new(place));
@@ -193,7 +236,7 @@ impl Reception {
             std::future::pending().await
         };
         log::info!(target: "relay", "TCP from {from}: known here as {}", line.address);
-        let why = or(carrier.carry(Rc::clone(&line), Box::pin(stream), opener), unproven).await;
+        let why = or(carrier.carry(Rc::clone(&line), stream, opener), unproven).await;
         if line.unproven.borrow().is_some() {
             return Err("no datagram after the handshake".into());
         }
@@ -202,18 +245,18 @@ impl Reception {
     }
 }
 
-/// Wrong bytes end it before the rest is there.
-async fn read_hello(stream: &mut Socket, hello: &mut [u8; HELLO_LEN]) -> Result<(), String> {
-    let mut have = 0;
-    while have < HELLO_LEN {
-        match stream.read(&mut hello[have..]).await {
-            Ok(0) => return Err("it closed without a word that we know".into()),
-            Ok(count) => have += count,
-            Err(e) => return Err(e.to_string()),
-        }
-        if hello[0] != 0 {
-            return Err("it does not speak our protocol".into());
-        }
+async fn in_time<T>(begun: Instant, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let late = async {
+        Timer::at(begun + HANDSHAKE).await;
+        Err("no word that we know, in time".to_owned())
+    };
+    or(work, late).await
+}
+
+async fn read(stream: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> Result<usize, String> {
+    match stream.read(buffer).await {
+        Ok(0) => Err("it closed without a word that we know".into()),
+        Ok(count) => Ok(count),
+        Err(e) => Err(e.to_string()),
     }
-    Ok(())
 }
