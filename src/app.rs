@@ -16,7 +16,7 @@ use crate::{
     kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
-    proxy::{Proxy, rules::Ports},
+    proxy::{Proxy, rules::Ports, udp},
     rules::{self, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
@@ -245,8 +245,8 @@ impl Wiring<'_> {
         let (resolver, dns_port) = self.dns()?;
         let tunnel = self.tunnel(resolver)?;
         let handle = tunnel.as_ref().map(|(_, handle)| handle.clone());
-        let proxy_port = self.proxy(handle.clone())?;
-        let (undo, rules) = self.rules(dns_port, proxy_port)?.unzip();
+        let (proxy_port, udp) = self.proxy(handle.clone())?.unzip();
+        let (undo, rules) = self.rules(dns_port, proxy_port, udp)?.unzip();
         let (leave, kept) = self.snapshot(handle.clone())?;
         let shown = Shown {
             kept,
@@ -340,7 +340,7 @@ impl Wiring<'_> {
         Ok(Some((at, handle)))
     }
 
-    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<u16>> {
+    fn proxy(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<Option<(u16, Reader<udp::Ports>)>> {
         let Config { dns, proxy, balancer, .. } = self.config;
         if !proxy.enable {
             return Ok(None);
@@ -349,9 +349,9 @@ impl Wiring<'_> {
         let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
-        let port = proxy.port();
+        let ports = (proxy.port(), proxy.udp_ports());
         self.tasks.spawn("proxy", proxy.run());
-        Ok(Some(port))
+        Ok(Some(ports))
     }
 
     fn snapshot(&mut self, tunnel: Option<tunnel::Handle>) -> anyhow::Result<(Rc<Leave>, Reader<snapshot::Status>)> {
@@ -374,6 +374,7 @@ impl Wiring<'_> {
         &mut self,
         dns_port: Option<u16>,
         proxy_port: Option<u16>,
+        udp: Option<Reader<udp::Ports>>,
     ) -> anyhow::Result<Option<(Undo, Reader<rules::Status>)>> {
         if !wants_kernel(self.config) {
             return Ok(None);
@@ -382,7 +383,8 @@ impl Wiring<'_> {
         let dns_ports = dns_port.map(|port| (dns.listen.port(), port));
         let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
-        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, counters, self.clock)?;
+        let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
+        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, udp, counters, self.clock)?;
         let shared = (rules.undo(), rules.status());
         self.tasks.spawn("rules", rules.run());
         Ok(Some(shared))

@@ -138,6 +138,7 @@ pub enum Upstream {
 pub enum Backend {
     Auto,
     Iptables,
+    Nft,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -182,6 +183,12 @@ pub enum Congestion {
 pub struct TunnelConfig {
     pub enable: bool,
     pub listen: SocketAddr,
+    /// Interfaces whose addresses are candidates; empty: all but those of containers.
+    pub interfaces: Vec<String>,
+    /// Beacons on the links.
+    pub lan: bool,
+    /// The gateway is asked for a port.
+    pub port_mapping: bool,
     pub profile: Profile,
     pub congestion: Congestion,
     /// `name@host:port`; those of the bundle are used too.

@@ -41,9 +41,11 @@ use std::{
 use wire::Query;
 use zone::Zone;
 
-/// Datagrams that are answered without a yield: an always-ready socket would own the only thread.
+/// Batches of datagrams that are answered without a yield: an always-ready socket would own the only thread.
+const BATCHES: u32 = 4;
+/// The same for what is done on one connection.
 const BUDGET: u32 = 64;
-/// A query is a name of 255 bytes and options; a longer one is cut off by UDP and closes a TCP connection.
+/// A query is a name of 255 bytes and options; a longer one closes a TCP connection.
 const QUERY_MAX: usize = 4096;
 /// TCP connections. When full, the one that was idle the longest is closed for a new one.
 const CONNECTIONS_MAX: usize = 64;
@@ -103,7 +105,7 @@ impl Server {
         }
         for (udp, listener) in &sockets {
             let is_v4 = listener.get_ref().local_addr().context("dns: socket")?.is_ipv4();
-            let told = sys::tell_interfaces(udp, is_v4).and(sys::tell_interfaces(listener, is_v4));
+            let told = sys::tell_interfaces(udp, is_v4).and_then(|()| sys::tell_interfaces(listener, is_v4));
             told.context("dns: sockets cannot tell by which interface a query comes")?;
         }
         let forwarder = Forwarder::new(cfg, setup);
@@ -186,8 +188,9 @@ fn bind_at(at: SocketAddr) -> anyhow::Result<(Async<UdpSocket>, Async<TcpListene
 
 impl State {
     /// We answer those whom we redirect, and nobody outside.
-    fn serves(&self, interface: u32) -> bool {
-        let served = self.seen.read(|s| s.serves(interface));
+    /// `own`: the source is the very address that is asked, and so this host, whatever interface has the address.
+    fn serves(&self, interface: u32, own: bool) -> bool {
+        let served = own || self.seen.read(|s| s.serves(interface));
         if !served {
             bump(&self.counters.refused);
         }
@@ -236,22 +239,25 @@ impl Sink for Datagrams {
 }
 
 async fn datagrams(state: Rc<State>, udp: Rc<Datagrams>) -> anyhow::Result<()> {
-    let mut message = vec![0; QUERY_MAX];
-    let mut out = Vec::with_capacity(wire::EDNS_MAX);
+    let mut batch = sys::Batch::default();
+    let at = udp.0.get_ref().local_addr().context("dns: socket")?.ip();
     for turn in 1_u32.. {
-        match sys::receive_from(udp.0.get_ref(), &mut message) {
-            Ok((_, _, interface)) if !state.serves(interface) => {}
-            Ok((n, from, _)) => {
-                let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
-                if state.serve(&message[..n], Via::Udp, to, &mut out) {
-                    udp.give(Some(from), &out);
+        match batch.receive(udp.0.get_ref()) {
+            Ok(_) => {
+                batch.each(|message, from, interface, out| {
+                    let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
+                    state.serves(interface, from.ip() == at) && state.serve(message, Via::Udp, to, out)
+                });
+                // one that the kernel does not take is lost as on the wire; the client asks again
+                if let Err(why) = batch.send(udp.0.get_ref()) {
+                    log::debug!("dns: replies: {why}");
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => udp.0.readable().await.context("dns: UDP")?,
             // an ICMP error of an earlier reply
             Err(e) => log::debug!("dns: receive: {e}"),
         }
-        if turn.is_multiple_of(BUDGET) {
+        if turn.is_multiple_of(BATCHES) {
             yield_now().await;
         }
     }
@@ -298,42 +304,46 @@ async fn accept(
     tasks: &LocalExecutor<'static>,
     open: &RefCell<Vec<Open>>,
 ) -> anyhow::Result<()> {
+    let at = listener.get_ref().local_addr().context("dns: socket")?.ip();
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(why) => {
                 log::debug!("dns: accept: {why}");
                 Timer::after(ACCEPT_AGAIN).await;
                 continue;
             }
         };
-        if !sys::interface_of(stream.get_ref()).is_ok_and(|i| state.serves(i)) {
+        if !sys::interface_of(stream.get_ref()).is_ok_and(|i| state.serves(i, from.ip() == at)) {
             continue;
         }
-        let mut open = open.borrow_mut();
-        open.retain(|(_, task)| !task.is_finished());
-        if open.len() >= CONNECTIONS_MAX
-            && let Some(idle) = (0..open.len()).min_by_key(|i| open[*i].0.used.get())
-        {
-            drop(open.swap_remove(idle));
-        }
-        let connection = Rc::new(Connection {
-            out: RefCell::default(),
-            waiting: Cell::new(0),
-            taken: Cell::new(0),
-            used: Cell::new(state.clock.now()),
-            bell: Bell::default(),
-        });
-        let (state, its) = (Rc::clone(&state), Rc::clone(&connection));
-        let task = tasks.spawn(async move {
-            if let Err(why) = serve_stream(&state, &stream, &its).await {
-                log::debug!("dns: connection: {why}");
-            }
-        });
-        open.push((connection, task));
-        drop(open);
+        admit(&state, stream, tasks, &mut open.borrow_mut());
         yield_now().await;
     }
+}
+
+/// Serves a connection beside the others; when there are too many the most idle one goes.
+fn admit(state: &Rc<State>, stream: Async<TcpStream>, tasks: &LocalExecutor<'static>, open: &mut Vec<Open>) {
+    open.retain(|(_, task)| !task.is_finished());
+    if open.len() >= CONNECTIONS_MAX
+        && let Some(idle) = (0..open.len()).min_by_key(|i| open[*i].0.used.get())
+    {
+        drop(open.swap_remove(idle));
+    }
+    let connection = Rc::new(Connection {
+        out: RefCell::default(),
+        waiting: Cell::new(0),
+        taken: Cell::new(0),
+        used: Cell::new(state.clock.now()),
+        bell: Bell::default(),
+    });
+    let (state, its) = (Rc::clone(state), Rc::clone(&connection));
+    let task = tasks.spawn(async move {
+        if let Err(why) = serve_stream(&state, &stream, &its).await {
+            log::debug!("dns: connection: {why}");
+        }
+    });
+    open.push((connection, task));
 }
 
 /// Serves one connection until its client has closed it and has its answers, or is idle.

@@ -21,10 +21,14 @@
 //!
 //! `tunnel::node::Node` is the root of everything below `src/tunnel/`. quinn-proto sees one virtual address
 //! for each connection (`slot`); the path below it is a relay's flow or an address of the peer (`path`), and
-//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one.
+//! `punch` decides which: data begins on the relay at once, and moves when a PONG has proven a better one of the
+//! `candidates`. Where they come from: `survey` (the kernel's lists, by `links`), the relays' PONGs, `portmap` (the
+//! gateway), `predict` (a NAT that counts). A way is a pair of addresses where there are several `uplinks`.
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
 //! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `relay` the
-//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
+//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers. `connect` begins connections,
+//! of others only as far as `admit` finds them worth public-key work; `windows` gives each what its path needs out
+//! of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
 //! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
@@ -38,16 +42,20 @@ pub mod carrier;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod conntrack;
 pub mod detour;
 pub mod disk;
 pub mod dns;
 pub mod exec;
 pub mod holder;
+pub mod iptables;
 pub mod kube;
 pub mod links;
 pub mod log;
 pub mod metrics;
 pub mod netlink;
+pub mod nft;
+pub mod portmap;
 pub mod proxy;
 pub mod pump;
 pub mod reception;
@@ -59,6 +67,8 @@ pub mod sys;
 pub mod table;
 pub mod tasks;
 pub mod tunnel;
+pub mod udp;
+pub mod uplinks;
 
 /// Seeds of a test; a tenth of them where it runs under emulation, as cross/gate lets it.
 #[cfg(test)]

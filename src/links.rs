@@ -76,9 +76,8 @@ impl Links {
             };
             changed.await;
             let more = async {
-                match &monitor {
-                    Some(open) => while open.changed().await.is_ok() {},
-                    None => {}
+                if let Some(open) = &monitor {
+                    while open.changed().await.is_ok() {}
                 }
                 std::future::pending().await
             };
@@ -91,10 +90,11 @@ impl Links {
     }
 
     fn look(&mut self) {
-        let out = match netlink::surroundings() {
+        let mut out = match netlink::surroundings() {
             Ok(around) => around.default_interfaces,
             Err(why) => return log::warn!("dns: links: {why:#}"),
         };
+        out.extend(default_interfaces_v6(&fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default()));
         let carried = |name: &&String| read(name, "carrier").is_none_or(|carrier| carrier != "0");
         let uplinks = out.iter().filter(carried).cloned().collect();
         if !out.is_empty() {
@@ -113,6 +113,17 @@ impl Links {
     }
 }
 
+/// Of what the kernel lists as IPv6 routes: an unreachable one (RTF_REJECT, linux/ipv6_route.h) leads nowhere.
+fn default_interfaces_v6(list: &str) -> impl Iterator<Item = String> + '_ {
+    const REJECT: u32 = 0x200;
+    list.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [to, length, .., flags, device] = words[..] else { return None };
+        let leads = u32::from_str_radix(flags, 16).is_ok_and(|f| f & REJECT == 0) && device != "lo";
+        (leads && length == "00" && to.bytes().all(|b| b == b'0')).then(|| device.to_owned())
+    })
+}
+
 fn read(interface: &str, what: &str) -> Option<String> {
     let path = Path::new("/sys/class/net").join(interface).join(what);
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
@@ -127,6 +138,21 @@ pub fn index(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn default_routes_of_ipv6() {
+        let zero = "0".repeat(32);
+        let line = |to: &str, length: &str, flags: &str, device: &str| {
+            format!("{to} {length} {zero} 00 fe80{} 00000400 1 0 {flags} {device}\n", &zero[4..])
+        };
+        let list = line(&zero, "00", "00450003", "wan6")
+            + &line(&zero, "00", "00200200", "reject")
+            + &line(&zero, "00", "00450003", "lo")
+            + &line(&format!("fe80{}", &zero[4..]), "40", "00000001", "eth1")
+            + "nonsense\n";
+        assert_eq!(default_interfaces_v6(&list).collect::<Vec<_>>(), ["wan6"]);
+        assert!(default_interfaces_v6(&fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default()).count() < 100);
+    }
 
     #[test]
     fn who_is_served() {

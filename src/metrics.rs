@@ -70,6 +70,12 @@ counters! {
         remote_opens,
         /// Streams of peers refused because the endpoint is not ours.
         remote_refused,
+        /// Sessions of clients of UDP Services begun.
+        udp_sessions,
+        /// Datagrams of UDP Services dropped: a queue or a socket was full, or they are too large for the way.
+        udp_drops,
+        /// Flows of UDP deleted from conntrack because they led elsewhere than the rules.
+        udp_flows_deleted,
         /// Rule sets written to the kernel.
         rule_syncs,
         /// Rule sets that the kernel refused.
@@ -130,8 +136,10 @@ counters! {
         tcp_full,
         /// Datagrams dropped because a TCP connection was full.
         tcp_drops,
-        /// Handshake work put off: the public-key budget was used up.
+        /// Handshakes put off: the budget for public-key work or the room for them was used up.
         budget_exceeded,
+        /// Connections closed because there were too many.
+        connections_displaced,
     }
 }
 

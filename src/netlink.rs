@@ -4,10 +4,11 @@
 use crate::{
     proxy::{
         cover::Prefix,
-        link::{self, Answer, DeviceKind, Link},
+        link::{self, Answer, DeviceKind, Link, Raw},
         rules::DEVICE,
     },
     sys::{self, Family},
+    tunnel::survey::Network,
 };
 use anyhow::{Context, Result, bail};
 use smol::Async;
@@ -35,40 +36,49 @@ const DEFAULT_LIKE: u8 = 1;
 /// What our device says of itself.
 const ALIAS: &str = "weft: services of the cluster; `weft cleanup` removes it";
 
-struct Socket {
+/// A socket for questions to the kernel, one at a time.
+#[derive(Debug)]
+pub(crate) struct Socket {
     fd: OwnedFd,
     seq: u32,
     buffer: Vec<u8>,
 }
 
 impl Socket {
-    fn open(family: Family) -> Result<Self> {
+    pub(crate) fn open(family: Family) -> Result<Self> {
         let fd = sys::netlink(family, 0, PATIENCE).context("netlink is not available")?;
         Ok(Self { fd, seq: 0, buffer: vec![0; DATAGRAM] })
     }
 
-    /// Sends the request that `make` builds and hands over what is answered until the end.
-    fn ask(&mut self, make: impl FnOnce(u32) -> Vec<u8>, mut take: impl FnMut(Answer)) -> io::Result<()> {
+    /// Sends what `make` builds and hands over what is answered until the end.
+    pub(crate) fn exchange(
+        &mut self,
+        make: impl FnOnce(u32) -> Vec<u8>,
+        take: &mut dyn FnMut(&Raw<'_>),
+    ) -> io::Result<()> {
         self.seq = self.seq.wrapping_add(1);
-        sys::send(&self.fd, &make(self.seq))?;
+        let request = make(self.seq);
+        sys::room_to_send(&self.fd, request.len())?;
+        sys::send(&self.fd, &request)?;
         for _ in 0..DATAGRAMS {
             let datagram = match sys::receive(&self.fd, &mut self.buffer, true) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
                 other => other?,
             };
-            for (seq, answer) in link::answers(datagram) {
-                match answer {
-                    _ if seq != self.seq => {}
-                    Answer::Done => return Ok(()),
-                    Answer::Failed(code) => return Err(io::Error::from_raw_os_error(code)),
-                    Answer::Link(_) | Answer::Address(_) | Answer::Route(_) | Answer::TableUse(_) | Answer::Other => {
-                        take(answer);
-                    }
+            for raw in link::messages(datagram).filter(|raw| raw.seq == self.seq) {
+                match raw.end() {
+                    Some(Answer::Done) => return Ok(()),
+                    Some(Answer::Failed(code)) => return Err(io::Error::from_raw_os_error(code)),
+                    Some(_) | None => take(&raw),
                 }
             }
         }
         Err(io::Error::other("the kernel's list is too long"))
+    }
+
+    fn ask(&mut self, make: impl FnOnce(u32) -> Vec<u8>, mut take: impl FnMut(Answer)) -> io::Result<()> {
+        self.exchange(make, &mut |raw| take(raw.answer()))
     }
 
     fn tell(&mut self, make: impl FnOnce(u32) -> Vec<u8>) -> io::Result<()> {
@@ -280,31 +290,28 @@ pub fn surroundings() -> Result<Surroundings> {
     Ok(found)
 }
 
-/// Devices that lead to containers of this host and to no other node.
-const CONTAINERS: [&str; 11] =
-    ["cni", "docker", "veth", "flannel", "cali", "cilium", "lxc", "kube-", "podman", "nerdctl", "virbr"];
-
-/// The IPv4 addresses by which other hosts may reach this one, with their prefix lengths: not those of
-/// loopback, of weft0, of devices that are down, nor of container bridges. `only`, where it is not empty,
-/// names the interfaces.
+/// What the kernel says of devices, addresses and routes, for [`survey`](crate::tunnel::survey). IPv6's part is
+/// empty where the kernel has none.
 ///
 /// # Errors
-/// When the kernel does not list its devices or addresses.
-pub fn reachable_at(only: &[String]) -> Result<Vec<(Ipv4Addr, u8)>> {
+/// When the kernel does not list its devices, addresses or routes.
+pub fn network() -> Result<Network> {
     let mut socket = Socket::open(Family::Route)?;
-    let named = |name: &str| match only {
-        [] => name != DEVICE && name != "lo" && !CONTAINERS.iter().any(|c| name.starts_with(c)) && !docker_bridge(name),
-        _ => only.iter().any(|o| o == name),
-    };
-    let links: BTreeSet<u32> =
-        socket.links()?.into_iter().filter(|l| l.up && named(&l.name)).map(|l| l.index).collect();
-    let there = socket.addresses()?.into_iter().filter(|a| links.contains(&a.index) && !a.local.is_loopback());
-    Ok(there.map(|a| (a.local, a.network.length())).collect())
-}
-
-/// `br-` and twelve hexadecimal digits; OpenWrt's br-lan is none.
-fn docker_bridge(name: &str) -> bool {
-    name.strip_prefix("br-").is_some_and(|id| id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+    let mut network = Network { links: socket.links()?, addresses: socket.addresses()?, ..Network::default() };
+    socket.routes(|route| network.routes.extend(Some(route).filter(|r| r.leads_out)))?;
+    let _ = socket.ask(link::dump_addresses6, |answer| {
+        if let Answer::Address6(address) = answer {
+            network.addresses6.push(address);
+        }
+    });
+    let _ = socket.ask(link::dump_routes6, |answer| {
+        if let Answer::Route6(route) = answer
+            && route.leads_out
+        {
+            network.routes6.push(route);
+        }
+    });
+    Ok(network)
 }
 
 /// Removes our device, and with it its address and routes. Says what it removed.
@@ -341,7 +348,19 @@ impl Monitor {
     /// # Errors
     /// When there is no netlink.
     pub fn open() -> Result<Self> {
-        let fd = sys::netlink(Family::Route, link::GROUPS, PATIENCE).context("netlink is not available")?;
+        Self::of(link::GROUPS)
+    }
+
+    /// The same for IPv6 too.
+    ///
+    /// # Errors
+    /// When there is no netlink.
+    pub fn of_both_families() -> Result<Self> {
+        Self::of(link::GROUPS | link::GROUPS_IPV6)
+    }
+
+    fn of(groups: u32) -> Result<Self> {
+        let fd = sys::netlink(Family::Route, groups, PATIENCE).context("netlink is not available")?;
         Ok(Self { socket: Async::new(fd)? })
     }
 

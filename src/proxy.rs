@@ -2,9 +2,12 @@
 //! relays it; and opens our own endpoints for peers.
 
 pub mod cover;
+pub mod flows;
 pub mod iptables;
 pub mod link;
+pub mod nft;
 pub mod rules;
+pub mod udp;
 
 use crate::{
     clock::Clock,
@@ -19,6 +22,7 @@ use crate::{
         model::{Protocol, ServiceId},
     },
     tunnel::{self, Open, Refusal, TunnelStream},
+    udp::Udp,
 };
 use anyhow::{Context, Result};
 use futures_lite::{
@@ -30,7 +34,8 @@ use std::{
     cell::{Cell, RefCell},
     fs::File,
     io::{self, ErrorKind},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
     pin::Pin,
     rc::Rc,
     task::Poll,
@@ -55,25 +60,26 @@ const BREATHER: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_secs(1);
 
 /// The TCP proxy; see the module.
-#[derive(Debug)]
 pub struct Proxy {
     listener: Async<TcpListener>,
     shared: Rc<Shared>,
+    executor: Rc<LocalExecutor<'static>>,
+    udp: Rc<Udp>,
 }
 
-#[derive(Debug)]
-struct Shared {
-    own: SocketAddr,
+/// What all sessions share.
+pub(crate) struct Shared {
+    pub(crate) own: SocketAddr,
     mark: u32,
     /// Connections and peers' streams at one time; beyond it a new one is refused at once.
     most: usize,
-    here: Here,
-    balancer: RefCell<Balancer>,
-    table: Reader<Table>,
-    tunnel: Option<tunnel::Handle>,
-    counters: Rc<ProxyCounters>,
-    clock: Clock,
-    pool: Pool,
+    pub(crate) here: Here,
+    pub(crate) balancer: RefCell<Balancer>,
+    pub(crate) table: Reader<Table>,
+    pub(crate) tunnel: Option<tunnel::Handle>,
+    pub(crate) counters: Rc<ProxyCounters>,
+    pub(crate) clock: Clock,
+    pub(crate) pool: Pool,
     sessions: Cell<usize>,
     said: Cell<Option<Instant>>,
     unmarked: Cell<bool>,
@@ -131,7 +137,15 @@ impl Proxy {
             said: Cell::new(None),
             unmarked: Cell::new(false),
         };
-        Ok(Self { listener: Async::new_nonblocking(listener)?, shared: Rc::new(shared) })
+        let (shared, executor) = (Rc::new(shared), Rc::new(LocalExecutor::new()));
+        let udp = Udp::new(Rc::clone(&shared), Rc::downgrade(&executor));
+        Ok(Self { listener: Async::new_nonblocking(listener)?, shared, executor, udp })
+    }
+
+    /// Where the rules send datagrams of UDP Services to.
+    #[must_use]
+    pub fn udp_ports(&self) -> Reader<udp::Ports> {
+        self.udp.ports()
     }
 
     /// Where the rules send connections to.
@@ -145,10 +159,9 @@ impl Proxy {
     /// # Errors
     /// When the event loop no longer knows the listener.
     pub async fn run(self) -> Result<()> {
-        let sessions = LocalExecutor::new();
-        let clients = accept(&self.listener, &self.shared, &sessions);
-        let peers = serve_peers(&self.shared, &sessions);
-        let (clients, ()) = sessions.run(zip(clients, peers)).await;
+        let clients = accept(&self.listener, &self.shared, &self.executor);
+        let others = zip(serve_peers(&self.shared, &self.executor), Rc::clone(&self.udp).run());
+        let (clients, _) = self.executor.run(zip(clients, others)).await;
         clients.context("listener")
     }
 }
@@ -213,7 +226,19 @@ async fn serve_peers<'x>(shared: &Rc<Shared>, sessions: &LocalExecutor<'x>) {
 async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, open: Open) {
     let ServiceId { namespace, name } = &open.service;
     let wanted = format!("{namespace}/{name}:{} at {}", open.port, open.endpoint);
-    let refusal = if owns(shared, &open) {
+    let refusal = if !owns(shared, &open) {
+        bump(&shared.counters.remote_refused);
+        shared.say(|| format!("refused {peer}, which wants {wanted}: not an endpoint of this node"));
+        Refusal::NotMine
+    } else if open.protocol == Protocol::Udp {
+        match shared.dial_udp(&open.endpoint) {
+            Ok(socket) => {
+                stream.answer(&Ok(()));
+                return crate::udp::serve(shared, socket, stream).await;
+            }
+            Err(e) => Refusal::ConnectFailed(e.to_string()),
+        }
+    } else {
         match shared.dial(&open.endpoint).await {
             Ok(socket) => {
                 stream.answer(&Ok(()));
@@ -226,10 +251,6 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
                 Refusal::ConnectFailed(e.to_string())
             }
         }
-    } else {
-        bump(&shared.counters.remote_refused);
-        shared.say(|| format!("refused {peer}, which wants {wanted}: not an endpoint of this node"));
-        Refusal::NotMine
     };
     stream.answer(&Err(refusal));
     let _ = stream.close().await;
@@ -238,7 +259,7 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
 /// Whether an endpoint is ours by our own table.
 fn owns(shared: &Shared, open: &Open) -> bool {
     let Open { service, port, protocol, endpoint } = open;
-    *protocol == Protocol::Tcp && shared.table.read(|t| t.owns(&shared.here, service, *port, *protocol, *endpoint))
+    *protocol != Protocol::Sctp && shared.table.read(|t| t.owns(&shared.here, service, *port, *protocol, *endpoint))
 }
 
 /// Closes with a reset, which a client cannot take for an empty answer.
@@ -261,7 +282,7 @@ impl Shared {
     }
 
     /// Warns, unless it has just done so.
-    fn say(&self, line: impl FnOnce() -> String) {
+    pub(crate) fn say(&self, line: impl FnOnce() -> String) {
         let now = self.clock.now();
         if self.said.get().is_none_or(|then| now.saturating_duration_since(then) >= QUIET) {
             self.said.set(Some(now));
@@ -390,13 +411,12 @@ impl Shared {
         }
     }
 
-    /// Connects with our mark, so that the rules leave it alone.
-    async fn dial(&self, to: &SocketAddr) -> io::Result<Async<TcpStream>> {
+    /// Puts our mark on a socket, so that the rules leave it alone.
+    fn prepare(&self, socket: &impl AsFd, to: &SocketAddr) -> io::Result<()> {
         if to.ip() == self.own.ip() {
             return Err(io::Error::other("this is our own address"));
         }
-        let socket = sys::tcp_socket(to)?;
-        if let Err(e) = sys::set_mark(&socket, self.mark) {
+        if let Err(e) = sys::set_mark(socket, self.mark) {
             // Then the rules would bring it back to us, if it went to a virtual address.
             if self.table.read(|t| t.by_vip(to.ip()).is_some()) {
                 return Err(e);
@@ -405,6 +425,22 @@ impl Shared {
                 log::warn!("own connections are not marked (needs CAP_NET_ADMIN): {e}");
             }
         }
+        Ok(())
+    }
+
+    /// A UDP socket for one endpoint.
+    pub(crate) fn dial_udp(&self, to: &SocketAddr) -> io::Result<Async<UdpSocket>> {
+        let any = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = sys::udp_socket(&SocketAddr::new(any, 0))?;
+        self.prepare(&socket, to)?;
+        socket.connect(to)?;
+        Async::new_nonblocking(socket)
+    }
+
+    /// Connects with our mark.
+    async fn dial(&self, to: &SocketAddr) -> io::Result<Async<TcpStream>> {
+        let socket = sys::tcp_socket(to)?;
+        self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
         sys::connect(&socket, to)?;
         let socket = Async::new_nonblocking(socket)?;

@@ -4,14 +4,16 @@
 use crate::{
     backoff::Backoff,
     clock::Clock,
-    config::ProxyConfig,
-    exec,
-    metrics::{ProxyCounters, bump},
+    config::{Backend, ProxyConfig},
+    conntrack,
+    iptables::{self, Iptables},
+    metrics::{ProxyCounters, add, bump},
     netlink::{self, Monitor},
+    nft::{self, Nft},
     proxy::{
-        cover,
-        iptables::{self, Saved},
+        cover, flows,
         rules::{self, Catch, DEVICE, Desired, Ports},
+        udp,
     },
     shared::{Bell, Listener, Reader, Writer},
     table::Table,
@@ -22,8 +24,8 @@ use smol::Timer;
 use std::{
     cell::Cell,
     collections::BTreeSet,
+    io,
     net::{IpAddr, Ipv4Addr},
-    path::{Path, PathBuf},
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -38,15 +40,12 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
 /// How long `undo` waits for a sync under way: longer than a program may take.
 const UNDO_PATIENCE: Duration = Duration::from_secs(65);
-/// Seconds that iptables waits for its lock.
-const LOCK_WAIT: &str = "5";
-
 /// What `weft status` shows of the kernel's side.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// "dummy" or "bridge"; empty: there is no weft0.
     pub device: String,
-    /// What iptables-restore says of itself.
+    /// What iptables-restore says of itself, or "nf_tables".
     pub backend: String,
     /// Interfaces whose packets are not caught, or, where the config names some, those that are.
     pub interfaces: Vec<String>,
@@ -109,32 +108,46 @@ pub struct Rules {
     address: Ipv4Addr,
     ports: Ports,
     table: Reader<Table>,
+    udp: Reader<udp::Ports>,
     counters: Rc<ProxyCounters>,
     clock: Clock,
     status: Writer<Status>,
     gate: Rc<Gate>,
 }
 
+/// What came of a backend's sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Synced {
+    /// Whether anything was written.
+    pub wrote: bool,
+    /// Rules in the kernel, and elements of maps.
+    pub rules: usize,
+}
+
+/// Who writes the rules.
+#[derive(Debug)]
+enum Writes {
+    Iptables(Iptables),
+    Nft(Nft),
+}
+
 /// What we know of the kernel from the last sync.
 #[derive(Debug, Default)]
 struct Known {
-    tools: Option<Tools>,
-    applied: Option<Desired>,
-    digest: u64,
+    writes: Option<Writes>,
     checked: Option<Instant>,
-    /// The tables that were not there before us.
-    made: Vec<iptables::Kind>,
+    /// What conntrack's entries were held against.
+    settled: Option<Desired>,
+    /// Of nf_tables, when we had last looked and written.
+    generation: Option<u32>,
+    /// Of the rules by nf_tables, the last time.
+    refused: bool,
+    /// What chains of others would not let us do.
+    ways: Vec<String>,
+    /// Why UDP's old flows could not be looked at.
+    flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
     default_interfaces: BTreeSet<String>,
-}
-
-#[derive(Clone, Debug)]
-struct Tools {
-    restore: PathBuf,
-    save: PathBuf,
-    /// What it says of itself.
-    version: String,
-    wait: bool,
 }
 
 impl Rules {
@@ -147,13 +160,14 @@ impl Rules {
         listen: IpAddr,
         ports: Ports,
         table: Reader<Table>,
+        udp: Reader<udp::Ports>,
         counters: Rc<ProxyCounters>,
         clock: Clock,
     ) -> Result<Self> {
         let IpAddr::V4(address) = listen else { bail!("{listen}: weft0 needs an IPv4 address") };
         Catch::new(&cfg.interfaces, &BTreeSet::new()).map_err(|e| anyhow!("proxy.interfaces: {e}"))?;
         let (status, gate) = (Writer::new(Status::default()), Rc::default());
-        Ok(Self { cfg: cfg.clone(), address, ports, table, counters, clock, status, gate })
+        Ok(Self { cfg: cfg.clone(), address, ports, table, udp, counters, clock, status, gate })
     }
 
     #[must_use]
@@ -172,9 +186,9 @@ impl Rules {
     /// None: nothing here ends the process.
     pub async fn run(self) -> Result<()> {
         let mut known = Known::default();
-        let mut bell = self.table.listen();
+        let mut bell = (self.table.listen(), self.udp.listen());
         let mut closing = self.gate.closing.listen();
-        let mut monitor = Monitor::open().map_err(|e| log::warn!("{e:#}")).ok();
+        let mut ears = Ears::new();
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
         let mut rng = fastrand::Rng::new();
         let mut last: Option<Instant> = None;
@@ -185,6 +199,9 @@ impl Rules {
                     Timer::at(last + GAP).await;
                 }
                 last = Some(self.clock.now());
+                if std::mem::take(&mut ears.heard) && nft::generation() != known.generation {
+                    known.checked = None;
+                }
                 if self.sync(&mut known).await {
                     backoff.reset();
                     // What woke us in between must not put off the look at the rules.
@@ -194,10 +211,10 @@ impl Rules {
                     wait = backoff.delay(&mut rng);
                 }
             }
-            let change = or(bell.rung(), or(closing.rung(), changed(&mut monitor)));
+            let change = or(rung(&mut bell), or(closing.rung(), ears.changed()));
             or(change, after(wait)).await;
             if last.is_some() {
-                settle(&mut bell, &mut monitor).await;
+                settle(&mut bell, &mut ears).await;
             }
         }
         std::future::pending().await
@@ -221,8 +238,8 @@ impl Rules {
         if status.device.is_empty() {
             log::debug!("rules: nothing is redirected without {DEVICE}");
         } else if let Err(e) = self.sync_rules(known, &mut status).await {
-            known.applied = None;
-            known.tools = None;
+            known.writes = None;
+            known.checked = None;
             bump(&self.counters.rule_errors);
             errors.push(format!("{e:#}"));
         }
@@ -287,39 +304,71 @@ impl Rules {
         let catch = Catch::new(&self.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
-        let desired = self.table.read(|t| Desired::new(t, &self.cfg, self.address, &self.ports, catch));
+        let desired =
+            self.udp.read(|udp| self.table.read(|t| Desired::new(t, &self.cfg, self.address, &self.ports, udp, catch)));
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
         let now = self.clock.now();
-        let due = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
-        if known.applied.as_ref() == Some(&desired) && !due {
-            return Ok(());
+        let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
+        let mut writes = match known.writes.take() {
+            Some(writes) => writes,
+            None => self.choose(known.refused).await?,
+        };
+        let synced = match &mut writes {
+            Writes::Iptables(iptables) => {
+                iptables.version().clone_into(&mut status.backend);
+                iptables.sync(&desired, look).await?
+            }
+            Writes::Nft(nft) => {
+                "nf_tables".clone_into(&mut status.backend);
+                let synced = nft.sync(&desired, look);
+                known.refused = synced.is_err();
+                synced?
+            }
+        };
+        if look {
+            known.checked = Some(now);
+            let skip_iptables = matches!(writes, Writes::Iptables(_));
+            known.ways = nft::open_ways(self.address.into(), skip_iptables)?;
         }
-        if known.tools.is_none() {
-            known.tools = Some(Tools::new("iptables").await?);
+        status.notes.extend(known.ways.iter().cloned());
+        if synced.wrote {
+            bump(&self.counters.rule_syncs);
+            log::debug!("rules: {} in the kernel", synced.rules);
         }
-        let Some(tools) = &known.tools else { bail!("no iptables") };
-        status.backend.clone_from(&tools.version);
-        let saved = tools.save().await?;
-        known.checked = Some(now);
-        if known.applied.as_ref() == Some(&desired) && saved.digest() == known.digest {
-            return Ok(());
+        if look || synced.wrote {
+            known.generation = nft::generation();
         }
-        if known.applied.is_some() && saved.digest() != known.digest {
-            log::warn!("rules: somebody has changed or flushed ours; they are put back");
+        status.rules = synced.rules;
+        known.writes = Some(writes);
+        let ways = flows::changed(known.settled.as_ref(), &desired);
+        if !ways.is_empty() {
+            let settled = conntrack::settle(&ways, desired.address).await;
+            let why = |e| format!("UDP clients that never pause stay where they were: {e:#}");
+            known.flows = settled.map(|n| add(&self.counters.udp_flows_deleted, n as u64)).map_err(why).err();
         }
-        known.applied = None;
-        let made: Vec<_> = iptables::made(&saved).filter(|kind| !known.made.contains(kind)).collect();
-        known.made.extend(made);
-        tools.restore(&iptables::apply(&desired, &saved, &known.made)).await?;
-        bump(&self.counters.rule_syncs);
-        let saved = tools.save().await?;
-        known.digest = saved.digest();
-        status.rules = saved.counts().1;
-        log::debug!("rules: {} in the kernel", status.rules);
-        known.applied = Some(desired);
+        status.notes.extend(known.flows.clone());
+        known.settled = Some(desired);
         Ok(())
+    }
+
+    /// nf_tables for choice. iptables where it is installed and its legacy tables are in use: those we could not see into,
+    /// and where the kernel has refused our tables.
+    async fn choose(&self, refused: bool) -> Result<Writes> {
+        let nft = match self.cfg.backend {
+            Backend::Nft => true,
+            Backend::Iptables => false,
+            Backend::Auto => !iptables::is_installed() || !(refused || iptables::has_legacy_tables()),
+        };
+        if nft {
+            match Nft::open() {
+                Err(e) if self.cfg.backend == Backend::Nft || !iptables::is_installed() => return Err(e),
+                Err(e) => log::info!("rules: {e:#}; iptables is used"),
+                Ok(nft) => return Ok(Writes::Nft(nft)),
+            }
+        }
+        Iptables::new().await.map(Writes::Iptables)
     }
 }
 
@@ -327,10 +376,37 @@ async fn after(time: Duration) {
     Timer::after(time).await;
 }
 
-/// Resolves at the next change of devices, addresses or routes; never where we cannot hear of them.
-async fn changed(monitor: &mut Option<Monitor>) {
+/// What tells us of changes that others make.
+#[derive(Debug)]
+struct Ears {
+    links: Option<Monitor>,
+    tables: Option<nft::Monitor>,
+    /// Something was heard about tables of nf_tables.
+    heard: bool,
+}
+
+impl Ears {
+    fn new() -> Self {
+        let links = Monitor::open().map_err(|e| log::warn!("{e:#}")).ok();
+        // Kernels without nf_tables, and users without rights: the look each 30 s is enough.
+        let tables = nft::Monitor::open().map_err(|e| log::debug!("{e:#}")).ok();
+        Self { links, tables, heard: false }
+    }
+
+    /// Resolves at the next change; never where we cannot hear of them.
+    async fn changed(&mut self) {
+        let Self { links, tables, heard } = self;
+        or(
+            listen(links, async |m: &Monitor| m.changed().await),
+            listen(tables, async |m: &nft::Monitor| m.changed().await.map(|()| *heard = true)),
+        )
+        .await;
+    }
+}
+
+async fn listen<M>(monitor: &mut Option<M>, changed: impl AsyncFnOnce(&M) -> io::Result<()>) {
     if let Some(open) = monitor {
-        match open.changed().await {
+        match changed(open).await {
             Ok(()) => return,
             Err(e) => log::warn!("changes of the network are seen only each {} s: {e}", RECHECK.as_secs()),
         }
@@ -339,13 +415,17 @@ async fn changed(monitor: &mut Option<Monitor>) {
     std::future::pending().await
 }
 
+async fn rung((table, udp): &mut (Listener, Listener)) {
+    or(table.rung(), udp.rung()).await;
+}
+
 /// Waits for a lull, at most for [`GAP`].
-async fn settle(bell: &mut Listener, monitor: &mut Option<Monitor>) {
+async fn settle(bell: &mut (Listener, Listener), ears: &mut Ears) {
     let lull = async {
         loop {
             let more = or(
                 async {
-                    or(bell.rung(), changed(monitor)).await;
+                    or(rung(bell), ears.changed()).await;
                     true
                 },
                 async {
@@ -376,91 +456,14 @@ fn notes(left_out: usize) -> Vec<String> {
     notes
 }
 
-/// The words of `iptables-restore v1.8.9 (nf_tables)`; a number that is missing counts as 0.
-fn version_of(line: &str) -> Option<[u16; 3]> {
-    let text = line.split(' ').find_map(|word| word.strip_prefix('v'))?;
-    let mut numbers = text.split('.').map(|n| n.parse().unwrap_or(0));
-    Some([numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0)])
-}
-
-impl Tools {
-    /// `family` is "iptables", or one of its variants.
-    async fn new(family: &str) -> Result<Self> {
-        let find = |what: &str| {
-            let name = format!("{family}-{what}");
-            exec::find(&name).with_context(|| format!("{name} is not installed (the package is called iptables)"))
-        };
-        let (restore, save) = (find("restore")?, find("save")?);
-        let mut version = String::new();
-        let mut first = |line: &str| {
-            if version.is_empty() {
-                line.clone_into(&mut version);
-            }
-        };
-        exec::run(&restore, &["--version"], "", &mut first).await?;
-        // Since 1.6.2 iptables-restore waits for the lock where it is told to.
-        let wait = version_of(&version).is_some_and(|v| v >= [1, 6, 2]);
-        Ok(Self { restore, save, version, wait })
-    }
-
-    fn nft(&self) -> bool {
-        self.version.contains("nf_tables")
-    }
-
-    async fn save(&self) -> Result<Saved> {
-        let mut saved = Saved::default();
-        exec::run(&self.save, &[], "", |line| saved.line(line)).await?;
-        Ok(saved)
-    }
-
-    async fn restore(&self, text: &str) -> Result<()> {
-        let args: &[&str] = if self.wait { &["--noflush", "-w", LOCK_WAIT] } else { &["--noflush"] };
-        exec::run(&self.restore, args, text, |_| ()).await
-    }
-
-    /// Takes our rules away; None: there were none.
-    async fn undo(&self) -> Result<Option<String>> {
-        let saved = self.save().await?;
-        let Some(text) = iptables::undo(&saved) else { return Ok(None) };
-        let remains = iptables::remains(&saved);
-        self.restore(&text).await?;
-        if self.nft() {
-            for part in remains {
-                // Somebody may have begun to use it: then it stays, and is theirs.
-                if let Err(e) = self.restore(&part.text).await {
-                    log::debug!("table {}: {e:#}", part.table);
-                }
-                if let Err(e) = netlink::remove_empty_table(part.table) {
-                    log::debug!("table {}: {e:#}", part.table);
-                }
-            }
-        }
-        let (chains, rules) = saved.counts();
-        Ok(Some(format!("{chains} chains and {rules} rules ({})", self.version)))
-    }
-}
-
 /// Removes all that is ours from the kernel, whatever made it. Says what it removed.
 async fn remove_all() -> Result<Vec<String>> {
-    let (mut done, mut errors) = (Vec::new(), Vec::new());
-    let mut seen: Vec<(PathBuf, bool)> = Vec::new();
-    for family in ["iptables", "iptables-nft", "iptables-legacy"] {
-        // Each variant has tables of its own; the default one is one of them under a second name.
-        let Ok(tools) = Tools::new(family).await else { continue };
-        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let id = (real(&tools.restore), tools.nft());
-        if seen.contains(&id) {
-            continue;
-        }
-        seen.push(id);
-        match tools.undo().await {
+    let (mut done, mut errors) = iptables::remove().await;
+    for removed in [nft::remove(), netlink::remove()] {
+        match removed {
             Ok(what) => done.extend(what),
             Err(e) => errors.push(format!("{e:#}")),
         }
-    }
-    match netlink::remove() {
-        Ok(what) => done.extend(what),
-        Err(e) => errors.push(format!("{e:#}")),
     }
     if errors.is_empty() { Ok(done) } else { Err(anyhow!("{}", errors.join("; "))) }
 }
@@ -471,22 +474,4 @@ async fn remove_all() -> Result<Vec<String>> {
 /// When something is left behind; the text says what.
 pub fn cleanup() -> Result<Vec<String>> {
     smol::block_on(remove_all())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_tool_is_named() {
-        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
-        assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
-    }
-
-    #[test]
-    fn versions() {
-        assert_eq!(version_of("iptables-restore v1.8.9 (nf_tables)"), Some([1, 8, 9]));
-        assert_eq!(version_of("iptables-restore v1.6"), Some([1, 6, 0]));
-        assert_eq!(version_of("busybox"), None);
-    }
 }

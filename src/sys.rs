@@ -94,6 +94,26 @@ pub fn multicast_by(fd: &impl AsFd, interface: Ipv4Addr) -> io::Result<()> {
     set_option(fd, libc::SOL_IP, libc::IP_MULTICAST_IF, libc::in_addr { s_addr: u32::from(interface).to_be() })
 }
 
+/// IPv6 multicast of a socket does not come back to this host.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn multicast_stays(fd: &impl AsFd) -> io::Result<()> {
+    set_option(fd, libc::SOL_IPV6, libc::IPV6_MULTICAST_LOOP, 0 as c_int)
+}
+
+/// By which interface a UDP socket sends to what is no multicast from now on, whatever the routing table prefers; 0:
+/// as that says. The route must exist.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn unicast_by(fd: &impl AsFd, to_ipv6: bool, index: u32) -> io::Result<()> {
+    // ip(7), ipv6(7): in network order.
+    let (level, name) =
+        if to_ipv6 { (libc::SOL_IPV6, libc::IPV6_UNICAST_IF) } else { (libc::SOL_IP, libc::IP_UNICAST_IF) };
+    set_option(fd, level, name, index.to_be())
+}
+
 /// Sets the packet mark of a socket.
 ///
 /// # Errors
@@ -129,7 +149,7 @@ const PKTOPTIONS: [c_int; 2] = [9, 6];
 #[repr(C, align(8))]
 struct Control([u8; 256]);
 
-/// Has a socket tell [`receive_from`] or [`interface_of`] by which interface something came; what it accepts has it too.
+/// Has a socket tell [`Batch`] or [`interface_of`] by which interface something came; what it accepts has it too.
 ///
 /// # Errors
 /// As setsockopt(2).
@@ -164,38 +184,140 @@ fn interface_in(message: &libc::msghdr) -> u32 {
     index
 }
 
-/// A datagram's length, where it came from, and by which interface; 0 where the socket does not tell.
-///
-/// # Errors
-/// As recvmsg(2).
-pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr, u32)> {
-    let mut control = Control([0; 256]);
-    // SAFETY: all zeros is a valid value of both.
-    let (mut name, mut message): (libc::sockaddr_storage, libc::msghdr) = unsafe { (mem::zeroed(), mem::zeroed()) };
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    message.msg_name = (&raw mut name).cast();
-    message.msg_namelen = length::<libc::sockaddr_storage>();
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = control.0.len() as _;
-    // SAFETY: every pointer in `message` is to something that lives through the call, with its length beside it.
-    let n = check_size(unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) })?;
-    let from = match c_int::from(name.ss_family) {
+/// Datagrams that are received, and answered, by one system call.
+const BATCH: usize = 16;
+/// A longer datagram is cut off.
+const DATAGRAM: usize = 2048;
+
+/// Room for one `in6_pktinfo`, the largest that is asked for; aligned as a `cmsghdr` is.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Pktinfo([u8; 64]);
+
+/// Receives datagrams and sends an answer to each, in batches.
+pub struct Batch {
+    bytes: Vec<u8>,
+    names: [libc::sockaddr_storage; BATCH],
+    controls: [Pktinfo; BATCH],
+    heads: [libc::mmsghdr; BATCH],
+    answers: [Vec<u8>; BATCH],
+    received: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            bytes: vec![0; BATCH * DATAGRAM],
+            // SAFETY: all zeros is a valid value of both, and a null pointer where there is one.
+            names: unsafe { mem::zeroed() },
+            controls: [Pktinfo([0; 64]); BATCH],
+            // SAFETY: as above.
+            heads: unsafe { mem::zeroed() },
+            answers: Default::default(),
+            received: 0,
+        }
+    }
+}
+
+impl Batch {
+    /// How many datagrams there were.
+    ///
+    /// # Errors
+    /// As recvmmsg(2).
+    pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+        let Self { bytes, names, controls, heads, .. } = self;
+        let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: DATAGRAM }; BATCH];
+        for (i, chunk) in bytes.chunks_exact_mut(DATAGRAM).enumerate() {
+            parts[i].iov_base = chunk.as_mut_ptr().cast();
+            let head = &mut heads[i].msg_hdr;
+            head.msg_name = (&raw mut names[i]).cast();
+            head.msg_namelen = length::<libc::sockaddr_storage>();
+            head.msg_iov = &raw mut parts[i];
+            head.msg_iovlen = 1;
+            head.msg_control = controls[i].0.as_mut_ptr().cast();
+            head.msg_controllen = controls[i].0.len() as _;
+        }
+        // SAFETY: every pointer in the headers is to something that lives through the call, with its length beside it.
+        let n =
+            check(unsafe { libc::recvmmsg(socket.as_raw_fd(), heads.as_mut_ptr(), BATCH as _, 0, ptr::null_mut()) })?;
+        self.received = usize::try_from(n).unwrap_or(0).min(BATCH);
+        Ok(self.received)
+    }
+
+    /// Gives each datagram with its source and the index of its interface (0 where the socket does not tell); true: what
+    /// is in the buffer then is its answer.
+    pub fn each(&mut self, mut answer: impl FnMut(&[u8], SocketAddr, u32, &mut Vec<u8>) -> bool) {
+        for i in 0..self.received {
+            let head = &self.heads[i];
+            let message = &self.bytes[i * DATAGRAM..][..(head.msg_len as usize).min(DATAGRAM)];
+            let out = &mut self.answers[i];
+            let answered =
+                from_raw(&self.names[i]).is_some_and(|from| answer(message, from, interface_in(&head.msg_hdr), out));
+            if !answered {
+                out.clear();
+            }
+        }
+    }
+
+    /// Sends the answers that [`Self::each`] has brought. One that the kernel does not take is lost.
+    ///
+    /// # Errors
+    /// The last of sendmmsg(2).
+    pub fn send(&mut self, socket: &UdpSocket) -> io::Result<()> {
+        let Self { names, heads, answers, received, .. } = self;
+        let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; BATCH];
+        let mut count = 0;
+        for (i, out) in answers[..*received].iter_mut().enumerate().filter(|(_, out)| !out.is_empty()) {
+            parts[count] = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+            let head = &mut heads[count].msg_hdr;
+            head.msg_name = (&raw mut names[i]).cast();
+            head.msg_namelen = length_of(&names[i]);
+            head.msg_iov = &raw mut parts[count];
+            head.msg_iovlen = 1;
+            head.msg_control = ptr::null_mut();
+            head.msg_controllen = 0;
+            count += 1;
+        }
+        let (mut sent, mut result) = (0, Ok(()));
+        while sent < count {
+            let rest = &mut heads[sent..count];
+            // SAFETY: as in `receive`.
+            let done = unsafe { libc::sendmmsg(socket.as_raw_fd(), rest.as_mut_ptr(), rest.len() as _, 0) };
+            match check(done) {
+                Ok(n) => sent += usize::try_from(n).unwrap_or(0).max(1),
+                Err(e) => {
+                    sent += 1;
+                    result = Err(e);
+                }
+            }
+        }
+        *received = 0;
+        result
+    }
+}
+
+fn length_of(name: &libc::sockaddr_storage) -> socklen_t {
+    match c_int::from(name.ss_family) {
+        libc::AF_INET => length::<libc::sockaddr_in>(),
+        _ => length::<libc::sockaddr_in6>(),
+    }
+}
+
+fn from_raw(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    match c_int::from(name.ss_family) {
         libc::AF_INET => {
             // SAFETY: a sockaddr_storage has room and alignment for it, and the family says that it is one.
-            let raw = unsafe { (&raw const name).cast::<libc::sockaddr_in>().read() };
-            SocketAddr::from((Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr)), u16::from_be(raw.sin_port)))
+            let raw = unsafe { (&raw const *name).cast::<libc::sockaddr_in>().read() };
+            Some(SocketAddr::from((Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr)), u16::from_be(raw.sin_port))))
         }
         libc::AF_INET6 => {
             // SAFETY: as above.
-            let raw = unsafe { (&raw const name).cast::<libc::sockaddr_in6>().read() };
+            let raw = unsafe { (&raw const *name).cast::<libc::sockaddr_in6>().read() };
             let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
-            SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into()
+            Some(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into())
         }
-        _ => return Err(io::ErrorKind::InvalidData.into()),
-    };
-    Ok((n, from, interface_in(&message)))
+        _ => None,
+    }
 }
 
 /// By which interface an accepted connection came; 0 where its listener was not told to tell.
@@ -396,6 +518,20 @@ pub fn netlink(family: Family, groups: u32, patience: Duration) -> io::Result<Ow
     Ok(fd)
 }
 
+/// Makes room for one datagram of this size; netlink takes a whole transaction as one.
+///
+/// # Errors
+/// `PermissionDenied` without CAP_NET_ADMIN, where it is more than everybody may have.
+pub fn room_to_send(fd: &impl AsFd, size: usize) -> io::Result<()> {
+    // net.core.wmem_default is 212,992 on a kernel that nobody tuned, and netlink keeps 32 bytes for itself.
+    const GIVEN: usize = 128 * 1024;
+    if size <= GIVEN {
+        return Ok(());
+    }
+    let wanted = c_int::try_from(size + 4_096).map_err(|_| io::ErrorKind::InvalidInput)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, wanted)
+}
+
 /// Sends one datagram.
 ///
 /// # Errors
@@ -436,99 +572,4 @@ pub fn raise_nofile() -> io::Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Read, Write};
-
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (client, listener.accept().unwrap().0)
-    }
-
-    #[test]
-    fn peeked_bytes_are_discarded_and_no_more() {
-        let (mut client, mut server) = pair();
-        client.write_all(b"0123456789").unwrap();
-        let mut buffer = [0; 4];
-        assert_eq!(server.peek(&mut buffer).unwrap(), 4);
-        assert_eq!(discard(&server, 4).unwrap(), 4);
-        drop(client);
-        let mut rest = String::new();
-        server.read_to_string(&mut rest).unwrap();
-        assert_eq!(rest, "456789");
-    }
-
-    #[test]
-    fn a_reset_is_seen_as_one() {
-        let (client, mut server) = pair();
-        reset_on_close(&client).unwrap();
-        drop(client);
-        assert_eq!(server.read(&mut [0; 4]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-    }
-
-    #[test]
-    fn a_connection_that_nobody_redirected_has_no_other_destination() {
-        let (_client, server) = pair();
-        let here = server.local_addr().unwrap();
-        assert!(original_dst(&server).map_or(true, |to| to == here));
-    }
-
-    #[test]
-    fn interfaces_are_told_of_both_families_and_transports() {
-        let lo: u32 = std::fs::read_to_string("/sys/class/net/lo/ifindex").unwrap().trim().parse().unwrap();
-        for address in ["127.0.0.1:0", "[::1]:0"] {
-            let address: SocketAddr = address.parse().unwrap();
-            let Ok(udp) = UdpSocket::bind(address) else {
-                assert!(address.is_ipv6(), "a host without IPv6");
-                continue;
-            };
-            tell_interfaces(&udp, address.is_ipv4()).unwrap();
-            let client = UdpSocket::bind(address).unwrap();
-            client.send_to(b"hello", udp.local_addr().unwrap()).unwrap();
-            let mut buffer = [0; 16];
-            assert_eq!(receive_from(&udp, &mut buffer).unwrap(), (5, client.local_addr().unwrap(), lo));
-            assert_eq!(&buffer[..5], b"hello");
-
-            let listener = tcp_listener(&address).unwrap();
-            listener.set_nonblocking(false).unwrap();
-            tell_interfaces(&listener, address.is_ipv4()).unwrap();
-            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            assert_eq!(interface_of(&listener.accept().unwrap().0).unwrap(), lo);
-        }
-    }
-
-    #[test]
-    fn binds_before_the_address_exists() {
-        // TEST-NET-1 (RFC 5737) is never ours.
-        let listener = tcp_listener(&"192.0.2.77:0".parse().unwrap()).unwrap();
-        assert_ne!(listener.local_addr().unwrap().port(), 0);
-        udp_socket(&"192.0.2.77:0".parse().unwrap()).unwrap();
-    }
-
-    #[test]
-    fn splice_moves_bytes_and_sees_the_end() {
-        let (mut client, server) = pair();
-        server.set_nonblocking(true).unwrap();
-        let (out, into) = pipe(4096).unwrap();
-        assert_eq!(splice(&server, &into, 100).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        client.write_all(b"hello").unwrap();
-        let moved = loop {
-            match splice(&server, &into, 100) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
-                other => break other.unwrap(),
-            }
-        };
-        assert_eq!(moved, 5);
-        assert_eq!(splice(&out, &server, moved).unwrap(), 5);
-        let mut back = [0; 5];
-        client.read_exact(&mut back).unwrap();
-        assert_eq!(&back, b"hello");
-    }
-
-    #[test]
-    fn the_limit_of_files_never_falls() {
-        let first = raise_nofile().unwrap();
-        assert!(first > 0 && raise_nofile().unwrap() >= first);
-    }
-}
+mod tests;

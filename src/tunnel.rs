@@ -2,6 +2,8 @@
 //! the rest of the process uses it.
 
 mod admit;
+mod candidates;
+mod carry;
 mod cid;
 mod congestion;
 mod connect;
@@ -21,13 +23,19 @@ mod open;
 mod outbox;
 mod path;
 mod peer;
+pub mod portmap;
+mod predict;
 mod punch;
 mod recall;
 mod relay;
 mod slot;
 mod stream;
 mod streams;
+pub mod survey;
 mod transport;
+mod uplinks;
+#[cfg(test)]
+mod vectors;
 mod view;
 mod ways;
 mod windows;
@@ -37,6 +45,7 @@ pub use home::RelaySpec;
 pub use keys::Key;
 pub(crate) use keys::{Aead, derive};
 pub use lan::Link;
+pub use path::Way;
 pub use recall::Remembered;
 pub use relay::RelayLoad;
 pub(crate) use stream::Shared;
@@ -48,8 +57,9 @@ use crate::{
     clock::Clock,
     config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
-    netlink::Monitor,
+    portmap::Mapper,
     shared::Listener,
+    uplinks::Links,
 };
 use anyhow::{Context as _, bail};
 use futures_lite::{
@@ -72,7 +82,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Datagrams, or batches of them, that one receive call takes.
+/// Datagrams, or batches of them, that one receive call takes. More of them are no faster: without GRO it is the kernel's
+/// work for each datagram that counts, with it their buffers are 64 kB each.
 const RX_BATCH: usize = 2;
 /// The largest batch that the kernel hands over by GRO.
 const RX_BUFFER: usize = 64 << 10;
@@ -82,8 +93,6 @@ const BUDGET: usize = 16;
 const GSO_MOST: usize = 32;
 /// What the kernel keeps for us while other tasks run; it may grant less.
 const SOCKET_BUFFER: usize = 1 << 20;
-/// Of the block for one site, RFC 2365 section 6.1. All nodes that are to find each other listen on one port.
-const LAN_GROUP: Ipv4Addr = Ipv4Addr::new(239, 255, 120, 67);
 /// Before a proxy is left to look up a relay's name.
 const PROXIED_LOOKUP: Duration = Duration::from_secs(1);
 /// Relays' names that wait to be looked up; there are at most 8 relays.
@@ -106,9 +115,10 @@ pub struct Driver {
     resolving: Option<Resolving>,
     v6: bool,
     port: u16,
-    links: Vec<Link>,
-    /// None where the kernel has no netlink for us: links are then as they were at the start.
-    monitor: Option<Monitor>,
+    /// How often each relay's name was looked up: another of its addresses each time.
+    tries: Vec<usize>,
+    links: Links,
+    mapper: Mapper,
     /// For relays, or nodes, that have no UDP.
     carrier: Rc<Carrier>,
 }
@@ -199,7 +209,7 @@ impl Driver {
             relays,
             profile: profile(config.profile),
             congestion: config.congestion,
-            lan: true,
+            lan: config.lan,
             gso: 1,
             seed: None,
         };
@@ -219,6 +229,7 @@ impl Driver {
             is_relay,
         };
         let carrier = Carrier::new(config, carrier);
+        let links = Links::new(config, &socket, v6, port);
         let driver = Self {
             socket,
             udp,
@@ -230,8 +241,9 @@ impl Driver {
             resolving: None,
             v6,
             port,
-            links: Vec::new(),
-            monitor: Monitor::open().map_err(|e| log::warn!(target: "tunnel", "{e:#}")).ok(),
+            tries: Vec::new(),
+            links,
+            mapper: Mapper::new(port, config.port_mapping),
             carrier,
         };
         Ok((driver, handle))
@@ -266,24 +278,29 @@ impl Driver {
         let mut rx = vec![0; RX_BUFFER * RX_BATCH];
         let mut tx = Vec::new();
         let mut bell = self.shared.bell.listen();
-        self.refresh_links();
+        self.look();
         loop {
             let wake = self.drain(&mut tx).await;
             if self.shared.closing.get() {
+                self.mapper.bye();
                 self.shared.closed.ring();
                 return Ok(());
             }
+            let wake = [wake, self.mapper.wake].into_iter().flatten().min();
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
             match woke {
                 Woke::Ready => {}
-                Woke::Links => self.refresh_links(),
+                Woke::Links => self.look(),
                 Woke::Resolved(relay, address) => {
                     self.resolving = None;
                     self.shared.node().resolved(self.clock.now(), relay, address);
                 }
             }
             self.receive(&mut rx);
+            if let Some(mapped) = self.mapper.turn(self.clock.now()) {
+                self.shared.node().set_mapped(self.clock.now(), mapped);
+            }
             self.shared.node().handle_tick(self.clock.now());
             self.next_lookup();
         }
@@ -312,15 +329,10 @@ impl Driver {
                 None => std::future::pending().await,
             }
         };
-        let monitor = &self.monitor;
-        let links = async {
-            match monitor {
-                Some(monitor) => monitor.changed().await.map(|()| Woke::Links),
-                None => std::future::pending().await,
-            }
-        };
+        let links = async { self.links.changed().await.map(|()| Woke::Links) };
+        let gateway = async { self.mapper.readable().await.map(|()| Woke::Ready) };
         let readable = async { self.socket.readable().await.map(|()| Woke::Ready) };
-        or(or(rung, readable), or(links, or(timer, resolved))).await
+        or(or(rung, readable), or(links, or(timer, or(resolved, gateway)))).await
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.
@@ -329,8 +341,8 @@ impl Driver {
             let now = self.clock.now();
             let output = self.shared.node().poll_output(now, tx);
             match output {
-                Output::Send { to, segment } => self.send(to, tx, segment).await,
-                Output::Beacon => self.beacon(tx),
+                Output::Send { to, local, segment } => self.send(Way { remote: to, local }, tx, segment).await,
+                Output::Beacon => self.links.beacon(&self.socket, &self.udp, tx),
                 Output::Event(Event::Resolve { relay, host }) => {
                     let port = self.shared.node().relay_port(relay);
                     if self.lookups.len() < LOOKUPS_MAX {
@@ -357,6 +369,11 @@ impl Driver {
         let found = (self.lookup)(host.clone());
         let v6 = self.v6;
         let unknown = self.carrier.proxy.as_ref().map(|_| address::unknown(relay, port));
+        // Two views of IPv4 tell what a NAT does, so IPv4 goes first where there is any.
+        let v4_first = self.links.survey.uplinks.iter().any(|u| u.address.is_ipv4());
+        self.tries.resize(self.tries.len().max(relay + 1), 0);
+        let turn = self.tries[relay];
+        self.tries[relay] = turn.wrapping_add(1);
         self.resolving = Some(
             async move {
                 // A proxy may know a name that we cannot look up, and where one is needed our servers may be cut off.
@@ -373,11 +390,12 @@ impl Driver {
                     }
                 };
                 let address = match found.await {
-                    Ok(list) => list
-                        .iter()
-                        .find(|ip| ip.is_ipv4() || v6)
-                        .map(|ip| SocketAddr::new(*ip, port))
-                        .ok_or_else(|| format!("{host} has no address that we can reach")),
+                    Ok(mut list) => {
+                        list.retain(|ip| ip.is_ipv4() || v6);
+                        list.sort_by_key(|ip| ip.is_ipv4() != v4_first);
+                        let nth = list.get(turn % list.len().max(1)).map(|ip| SocketAddr::new(*ip, port));
+                        nth.ok_or_else(|| format!("{host} has no address that we can reach"))
+                    }
                     Err(error) => Err(format!("{host} was not found: {error}")),
                 };
                 (relay, address.or_else(|why| unknown.ok_or(why)))
@@ -386,15 +404,14 @@ impl Driver {
         );
     }
 
-    async fn send(&self, to: SocketAddr, bytes: &[u8], segment: Option<usize>) {
+    async fn send(&self, way: Way, bytes: &[u8], segment: Option<usize>) {
+        let (to, src_ip) = (way.remote, way.local);
         if self.carrier.send(to, bytes, segment) {
             return;
         }
-        let destination = match (self.v6, to) {
-            (true, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
-            _ => to,
-        };
-        let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip: None };
+        let destination = self.links.destination(to);
+        self.links.leave_by(&self.socket, to, src_ip);
+        let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip };
         loop {
             match self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
                 Ok(()) => return,
@@ -414,41 +431,19 @@ impl Driver {
         }
     }
 
-    /// By multicast on each link.
-    fn beacon(&self, frame: &[u8]) {
-        let group = SocketAddr::new(LAN_GROUP.into(), self.port);
-        let to = if self.v6 { SocketAddr::new(LAN_GROUP.to_ipv6_mapped().into(), self.port) } else { group };
-        for link in &self.links {
-            let IpAddr::V4(interface) = link.address else { continue };
-            let sent = crate::sys::multicast_by(&self.socket, interface).and_then(|()| {
-                let transmit =
-                    Transmit { destination: to, ecn: None, contents: frame, segment_size: None, src_ip: None };
-                self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
-            });
-            if let Err(error) = sent {
-                log::debug!(target: "tunnel", "beacon by {interface}: {error}");
-            }
+    /// The node hears where the host is now.
+    fn look(&mut self) {
+        let now = self.clock.now();
+        if self.links.look(now, &self.socket) {
+            let survey = &self.links.survey;
+            let uplinks = survey.uplinks.iter().map(|u| u.address).collect();
+            let mut node = self.shared.node();
+            node.set_uplinks(now, uplinks, survey.near.clone(), self.links.named());
+            node.set_links(now, survey.links.clone(), self.port);
+            self.mapper.set_gateway(now, survey.gateway);
+            drop(node);
+            self.carrier.detours.moved(&self.carrier);
         }
-    }
-
-    /// Which links we are on: new ones are listened on, and the node looks for paths anew.
-    fn refresh_links(&mut self) {
-        let found = match crate::netlink::reachable_at(&[]) {
-            Ok(found) => found,
-            Err(error) => return log::debug!(target: "tunnel", "{error:#}"),
-        };
-        let links: Vec<Link> =
-            found.iter().map(|(ip, prefix)| Link { address: (*ip).into(), prefix: *prefix }).collect();
-        for (ip, _) in found {
-            if !self.links.iter().any(|l| l.address == ip) {
-                // EADDRINUSE: we are a member by another address of the same link already.
-                let _ = self.socket.get_ref().join_multicast_v4(&LAN_GROUP, &ip);
-            }
-        }
-        let (now, port) = (self.clock.now(), self.port);
-        self.shared.node().set_links(now, links.clone(), port);
-        self.links = links;
-        self.carrier.detours.moved(&self.carrier);
     }
 
     fn receive(&self, rx: &mut [u8]) {
@@ -465,8 +460,9 @@ impl Driver {
                 if address::is_made_up(meta.addr) {
                     continue;
                 }
+                let way = Way { remote: meta.addr, local: meta.dst_ip };
                 let mut node = self.shared.node();
-                node.handle_datagrams(now, meta.addr, &mut chunk[..meta.len], meta.stride);
+                node.handle_datagrams(now, way, &mut chunk[..meta.len], meta.stride);
                 node.account(|| self.clock.now());
                 drop(node);
                 self.carrier.detours.heard_by_udp(&self.carrier, meta.addr);

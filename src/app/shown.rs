@@ -40,7 +40,7 @@ impl Shown {
         let ip = dns.listen.ip();
         let load = self.tunnel.as_ref().and_then(|(_, handle)| handle.relay_load());
         vec![
-            part("dns", dns.enable, self.dns_port.map(|port| format!("{}, served at {ip}:{port}", dns.listen))),
+            part("dns", dns.enable, self.dns_port.map(|port| self.dns_note(port))),
             part("proxy", proxy.enable, self.proxy_port.map(|port| format!("TCP, served at {ip}:{port}"))),
             part("rules", dns.enable || proxy.enable, self.rules.as_ref().map(|r| r.read(rules_note))),
             part("tunnel", tunnel.enable, self.tunnel.as_ref().map(|(at, _)| format!("UDP {at}"))),
@@ -51,6 +51,13 @@ impl Shown {
             }),
             part("relay", relay.enable, load.map(|l| format!("{} nodes, {} flows", l.nodes, l.flows))),
         ]
+    }
+
+    fn dns_note(&self, port: u16) -> String {
+        let dns = &self.config.dns;
+        let mut note = format!("{}, served at {}:{port}", dns.listen, dns.listen.ip());
+        dns.listen_also.iter().for_each(|also| note += &format!("; {also}"));
+        note
     }
 
     pub(super) fn sources(&self) -> Vec<view::Source> {
@@ -72,6 +79,12 @@ impl Shown {
 
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut out = checks::warnings(&self.config, self.bundle.as_ref(), self.clock.unix());
+        let absent = |(namespace, name): &&(String, String)| {
+            self.table.read(|t| t.synced() && t.service(namespace, name).is_none())
+        };
+        if let Some((namespace, name)) = self.config.dns.take_over.as_ref().filter(absent) {
+            out.push(format!("dns.take_over: there is no Service {namespace}/{name}"));
+        }
         if let Some(rules) = &self.rules {
             out.extend(rules.read(|r| r.errors.iter().chain(&r.notes).cloned().collect::<Vec<_>>()));
         }

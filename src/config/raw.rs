@@ -81,6 +81,9 @@ pub(super) struct RawBalancer {
 pub(super) struct RawTunnel {
     pub(super) enable: Option<bool>,
     pub(super) listen: Text,
+    pub(super) interfaces: Option<Vec<Spanned<String>>>,
+    pub(super) lan: Option<bool>,
+    pub(super) port_mapping: Option<bool>,
     pub(super) profile: Text,
     pub(super) congestion: Text,
     pub(super) relays: Option<Vec<Spanned<String>>>,

@@ -55,6 +55,9 @@ impl Default for Config {
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
+                interfaces: Vec::new(),
+                lan: true,
+                port_mapping: true,
                 profile: Profile::Auto,
                 congestion: Congestion::Auto,
                 relays: Vec::new(),
@@ -205,15 +208,9 @@ impl Put<'_> {
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
-        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables)];
+        let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
-        let interface = "an interface's name, of 1 to 15 characters";
-        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, interface, |s| {
-            // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
-            let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
-            let named = (1..=INTERFACE_MAX).contains(&s.len()) && s != "." && s != ".." && !s.starts_with('-');
-            (named && s.chars().all(valid)).then(|| s.into())
-        })?;
+        self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
@@ -225,6 +222,9 @@ impl Put<'_> {
         self.flag(&mut c.enable, raw.enable);
         let listen = "an address and a port, such as [::]:7843";
         self.value(&mut c.listen, "tunnel.listen", raw.listen, listen, |s| s.parse().ok())?;
+        self.list(&mut c.interfaces, "tunnel.interfaces", raw.interfaces, INTERFACE, interface)?;
+        self.flag(&mut c.lan, raw.lan);
+        self.flag(&mut c.port_mapping, raw.port_mapping);
         let profiles = [("auto", Profile::Auto), ("router", Profile::Router), ("server", Profile::Server)];
         self.choice(&mut c.profile, "tunnel.profile", raw.profile, &profiles)?;
         let kinds = [("auto", Congestion::Auto), ("bbr", Congestion::Bbr), ("cubic", Congestion::Cubic)];
@@ -249,6 +249,15 @@ impl Put<'_> {
         })?;
         Ok(())
     }
+}
+
+const INTERFACE: &str = "an interface's name, of 1 to 15 characters";
+
+fn interface(text: &str) -> Option<String> {
+    // The kernel's dev_valid_name; and iptables would take a last + for a wildcard.
+    let valid = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '+' | '!' | '"' | '\'' | '\\');
+    let named = (1..=INTERFACE_MAX).contains(&text.len()) && text != "." && text != ".." && !text.starts_with('-');
+    (named && text.chars().all(valid)).then(|| text.into())
 }
 
 /// An absolute path, without NUL, which no system call takes.

@@ -122,6 +122,8 @@ pub struct Forward<T> {
     pending: BTreeMap<u32, Pending<T>>,
     by_key: HashMap<Box<[u8]>, u32>,
     exchanges: BTreeMap<u32, Exchange>,
+    /// Nothing is due before this; it may be too early, never too late.
+    due: Option<Instant>,
     next: u32,
     queue: VecDeque<Todo<T>>,
     ids: Box<dyn FnMut() -> u16>,
@@ -138,6 +140,7 @@ impl<T: PartialEq> Forward<T> {
             pending: BTreeMap::new(),
             by_key: HashMap::new(),
             exchanges: BTreeMap::new(),
+            due: None,
             next: 0,
             queue: VecDeque::new(),
             ids,
@@ -163,6 +166,7 @@ impl<T: PartialEq> Forward<T> {
         for pending in self.pending.values_mut().filter(|p| !p.is_probe) {
             (pending.attempts, pending.next_try) = (0, Some(now));
         }
+        self.is_due(now);
         self.step(now);
     }
 
@@ -202,6 +206,7 @@ impl<T: PartialEq> Forward<T> {
                 if pending.stale.is_none() {
                     // it began as a prefetch
                     (pending.stale, pending.stale_at) = (Some(Rc::clone(&message)), Some(now + STALE_AFTER));
+                    self.due = self.due.map(|due| due.min(now + STALE_AFTER));
                 }
                 if pending.stale_at.is_none() {
                     return self.reply_stale(client, message);
@@ -388,11 +393,15 @@ impl<T: PartialEq> Forward<T> {
                 }
             }
         }
-        Output::Wait(self.pending.values().map(Pending::due).min())
+        Output::Wait(self.due.filter(|_| !self.pending.is_empty()))
     }
 
     /// Advances time.
     fn step(&mut self, now: Instant) {
+        if self.due.is_none_or(|due| now < due) {
+            return;
+        }
+        self.due = None;
         let due: Vec<u32> = self.pending.iter().filter(|(_, p)| p.due() <= now).map(|(s, _)| *s).collect();
         for serial in due {
             let Some(pending) = self.pending.get_mut(&serial) else { continue };
@@ -423,6 +432,12 @@ impl<T: PartialEq> Forward<T> {
                 self.try_next(now, serial);
             }
         }
+        let next = self.pending.values().map(Pending::due).min();
+        self.due = self.due.into_iter().chain(next).min();
+    }
+
+    fn is_due(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
     /// Asks the next upstream, or one again once all were asked.
@@ -437,6 +452,8 @@ impl<T: PartialEq> Forward<T> {
             Some(_) => None,
         };
         pending.next_try = wait.filter(|_| !pending.is_probe).map(|w| now + w);
+        let due = pending.due();
+        self.is_due(due);
         self.open(now, serial, upstream, Transport::Udp, true);
     }
 

@@ -201,7 +201,7 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
                 return Err(Bad::new("spec.internalTrafficPolicy", why));
             }
         },
-        not_proxied: labels.proxy_name.is_some() || labels.headless.is_some(),
+        not_proxied: labels.proxy_name.is_some() || labels.edgemesh_proxy.is_some() || labels.headless.is_some(),
     })
 }
 

@@ -42,6 +42,7 @@ pub const KEEP: &[&str] = &[
     "ports",
     "protocol",
     "ready",
+    "service.edgemesh.kubeedge.io/service-proxy-name",
     "service.kubernetes.io/headless",
     "service.kubernetes.io/service-proxy-name",
     "serving",
@@ -111,6 +112,9 @@ pub struct Labels {
     pub service_name: Option<String>,
     #[nserde(rename = "service.kubernetes.io/service-proxy-name")]
     pub proxy_name: Option<String>,
+    /// EdgeMesh's own, whose mere presence says the same there.
+    #[nserde(rename = "service.edgemesh.kubeedge.io/service-proxy-name")]
+    pub edgemesh_proxy: Option<String>,
     #[nserde(rename = "service.kubernetes.io/headless")]
     pub headless: Option<String>,
     #[nserde(rename = "topology.kubernetes.io/zone")]

@@ -1,7 +1,7 @@
 //! Desired rules -> the text of `iptables-restore --noflush`, and the text that takes them away again.
 //! Everything of ours is in chains named `WEFT-*`; what `iptables-save` prints tells what is there.
 
-use super::rules::{Action, Catch, DEVICE, Desired, Rule};
+use super::rules::{Action, Catch, DEVICE, Desired, REFUSED, Rule};
 use crate::table::model::Protocol;
 use std::{
     collections::BTreeSet,
@@ -14,10 +14,6 @@ const OURS: &str = "WEFT-";
 /// An empty chain that says: this table was not there before us, and may go with us. The knowledge
 /// outlives a killed agent and, as the rules do, ends with the boot.
 const MADE: &str = "WEFT-MADE";
-
-/// A port of our address that stands for "nobody serves this": the filter table refuses it.
-/// IANA: tcpmux (RFC 7805: historic).
-const REFUSED: u16 = 1;
 
 /// One table of iptables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

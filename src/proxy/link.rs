@@ -2,7 +2,7 @@
 //! inside one kernel and is host-endian by definition (netlink(7)); addresses are in network order.
 
 use super::cover::Prefix;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// `rtm_protocol` of our routes. Neither linux/rtnetlink.h nor iproute2's rt_protos gives it to anybody;
 /// it is the letter w.
@@ -21,6 +21,7 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_NONREC: u16 = 0x100;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_EXCL: u16 = 0x200;
@@ -50,6 +51,8 @@ const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
 /// RTMGRP_LINK, RTMGRP_IPV4_IFADDR and RTMGRP_IPV4_ROUTE: what can take away ours or change whom we catch.
 pub const GROUPS: u32 = 0x1 | 0x10 | 0x40;
+/// RTMGRP_IPV6_IFADDR and RTMGRP_IPV6_ROUTE.
+pub const GROUPS_IPV6: u32 = 0x100 | 0x400;
 // linux/if_link.h, linux/if_addr.h, linux/if.h
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
@@ -58,8 +61,14 @@ const IFLA_IFALIAS: u16 = 20;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_TEMPORARY: u32 = 0x01;
+/// Duplicate, deprecated, tentative: no address to be reached at, or not for long.
+const IFA_F_UNFIT: u32 = 0x08 | 0x20 | 0x40;
 const IFF_UP: u32 = 1;
+const IFF_RUNNING: u32 = 0x40;
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 // linux/netfilter/nfnetlink.h, nf_tables.h
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;
 const NFNL_MSG_BATCH_END: u16 = 17;
@@ -98,6 +107,11 @@ fn u32_of(bytes: &[u8]) -> Option<u32> {
 
 fn u16_of(bytes: &[u8]) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?))
+}
+
+fn ipv6(bytes: &[u8]) -> Option<Ipv6Addr> {
+    let octets: [u8; 16] = bytes.get(..16)?.try_into().ok()?;
+    Some(octets.into())
 }
 
 fn ipv4(bytes: &[u8]) -> Option<Ipv4Addr> {
@@ -227,6 +241,18 @@ pub fn dump_routes(seq: u32) -> Vec<u8> {
     Message::new(RTM_GETROUTE, NLM_F_DUMP, seq, &fixed).done()
 }
 
+#[must_use]
+pub fn dump_addresses6(seq: u32) -> Vec<u8> {
+    Message::new(RTM_GETADDR, NLM_F_DUMP, seq, &[AF_INET6, 0, 0, 0, 0, 0, 0, 0]).done()
+}
+
+#[must_use]
+pub fn dump_routes6(seq: u32) -> Vec<u8> {
+    let mut fixed = [0; 12];
+    fixed[0] = AF_INET6;
+    Message::new(RTM_GETROUTE, NLM_F_DUMP, seq, &fixed).done()
+}
+
 fn nft(kind: u16) -> u16 {
     NFNL_SUBSYS_NFTABLES << 8 | kind
 }
@@ -263,7 +289,9 @@ pub enum Answer {
     Failed(i32),
     Link(Link),
     Address(Address),
+    Address6(Address6),
     Route(Route),
+    Route6(Route6),
     /// How many chains, sets and objects a table of nftables has.
     TableUse(u32),
     /// Of a kind that we did not ask for.
@@ -279,6 +307,8 @@ pub struct Link {
     /// "dummy", "bridge", …; empty for hardware.
     pub kind: String,
     pub up: bool,
+    /// It has a carrier.
+    pub running: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,6 +316,27 @@ pub struct Address {
     pub index: u32,
     pub local: Ipv4Addr,
     pub network: Prefix,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address6 {
+    pub index: u32,
+    pub local: Ipv6Addr,
+    pub length: u8,
+    /// RFC 8981: for a day or so.
+    pub temporary: bool,
+    /// Neither deprecated nor tentative nor somebody else's too.
+    pub fit: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route6 {
+    pub to: Ipv6Addr,
+    pub length: u8,
+    pub metric: u32,
+    /// Not of the table of local addresses, and of a type that leads out.
+    pub leads_out: bool,
+    pub devices: Vec<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -314,8 +365,9 @@ fn text(bytes: &[u8]) -> String {
 }
 
 fn link(body: &[u8]) -> Option<Link> {
-    let mut link =
-        Link { index: u32_of(body.get(4..)?)?, up: u32_of(body.get(8..)?)? & IFF_UP != 0, ..Link::default() };
+    let flags = u32_of(body.get(8..)?)?;
+    let (up, running) = (flags & IFF_UP != 0, flags & IFF_RUNNING != 0);
+    let mut link = Link { index: u32_of(body.get(4..)?)?, up, running, ..Link::default() };
     for (kind, value) in attrs(body.get(16..)?) {
         match kind {
             IFLA_IFNAME => link.name = text(value),
@@ -336,6 +388,40 @@ fn address_of(body: &[u8]) -> Option<Address> {
     // On a point-to-point link IFA_ADDRESS is the other end, and the network.
     let network = find(IFA_ADDRESS).or_else(|| find(IFA_LOCAL))?;
     Some(Address { index, local: find(IFA_LOCAL).unwrap_or(network), network: Prefix::new(network, len) })
+}
+
+fn address6_of(body: &[u8]) -> Option<Address6> {
+    let (length, flags, index) = (*body.get(1)?, *body.get(2)?, u32_of(body.get(4..)?)?);
+    let (mut local, mut flags) = (None, u32::from(flags));
+    for (kind, value) in attrs(body.get(8..)?) {
+        match kind {
+            // On a point-to-point link IFA_ADDRESS is the other end.
+            IFA_LOCAL => local = ipv6(value),
+            IFA_ADDRESS => local = local.or_else(|| ipv6(value)),
+            IFA_FLAGS => flags = u32_of(value)?,
+            _ => {}
+        }
+    }
+    let (temporary, fit) = (flags & IFA_F_TEMPORARY != 0, flags & IFA_F_UNFIT == 0);
+    Some(Address6 { index, local: local?, length, temporary, fit })
+}
+
+fn route6_of(body: &[u8]) -> Option<Route6> {
+    let [_, length, _, _, table, _, _, kind] = *body.get(..8)? else { return None };
+    let (mut table, mut to) = (u32::from(table), Ipv6Addr::UNSPECIFIED);
+    let (mut metric, mut devices) = (0, Vec::new());
+    for (kind, value) in attrs(body.get(12..)?) {
+        match kind {
+            RTA_DST => to = ipv6(value)?,
+            RTA_OIF => devices.extend(u32_of(value)),
+            RTA_PRIORITY => metric = u32_of(value)?,
+            RTA_TABLE => table = u32_of(value)?,
+            RTA_MULTIPATH => hops(value, &mut devices, &mut Vec::new()),
+            _ => {}
+        }
+    }
+    let leads_out = table != RT_TABLE_LOCAL && kind == RTN_UNICAST;
+    Some(Route6 { to, length, metric, leads_out, devices })
 }
 
 fn route_of(body: &[u8]) -> Option<Route> {
@@ -367,30 +453,64 @@ fn hops(mut bytes: &[u8], devices: &mut Vec<u32>, gateways: &mut Vec<Ipv4Addr>) 
     }
 }
 
-/// The messages of one datagram, with their sequence numbers. Ends at the first that does not fit.
-pub fn answers(mut bytes: &[u8]) -> impl Iterator<Item = (u32, Answer)> {
-    std::iter::from_fn(move || {
-        let len = usize::try_from(u32_of(bytes)?).ok()?;
-        let (kind, seq) = (u16_of(bytes.get(4..)?)?, u32_of(bytes.get(8..)?)?);
-        let body = bytes.get(HEADER..len)?;
-        bytes = bytes.get(aligned(len)..).unwrap_or_default();
-        let table = nft(0); // NFT_MSG_NEWTABLE
-        let answer = match kind {
+/// One message of the kernel, undecoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Raw<'b> {
+    pub seq: u32,
+    pub kind: u16,
+    /// NLM_F_DUMP_INTR: something changed within a list, which is then not of one moment.
+    pub interrupted: bool,
+    pub body: &'b [u8],
+}
+
+impl Raw<'_> {
+    /// The end of a dump, success or an error; None: a message of some kind.
+    #[must_use]
+    pub fn end(&self) -> Option<Answer> {
+        match self.kind {
             NLMSG_DONE => Some(Answer::Done),
-            NLMSG_ERROR => u32_of(body).map(|code| match code.cast_signed() {
+            NLMSG_ERROR => Some(u32_of(self.body).map_or(Answer::Other, |code| match code.cast_signed() {
                 0 => Answer::Done,
                 code => Answer::Failed(code.wrapping_neg()),
-            }),
+            })),
+            _ => None,
+        }
+    }
+
+    #[must_use]
+    pub fn answer(&self) -> Answer {
+        let body = self.body;
+        let table = nft(0); // NFT_MSG_NEWTABLE
+        let decoded = match self.kind {
             RTM_NEWLINK => link(body).map(Answer::Link),
+            RTM_NEWADDR if body.first() == Some(&AF_INET6) => address6_of(body).map(Answer::Address6),
+            RTM_NEWROUTE if body.first() == Some(&AF_INET6) => route6_of(body).map(Answer::Route6),
             RTM_NEWADDR => address_of(body).map(Answer::Address),
             RTM_NEWROUTE => route_of(body).map(Answer::Route),
-            kind if kind == table => attrs(body.get(4..)?)
+            kind if kind == table => attrs(body.get(4..).unwrap_or_default())
                 .find(|(k, _)| *k == NFTA_TABLE_USE)
                 .and_then(|(_, v)| Some(Answer::TableUse(u32::from_be_bytes(v.get(..4)?.try_into().ok()?)))),
-            _ => None,
+            _ => self.end(),
         };
-        Some((seq, answer.unwrap_or(Answer::Other)))
+        decoded.unwrap_or(Answer::Other)
+    }
+}
+
+/// The messages of one datagram. Ends at the first that does not fit.
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Raw<'_>> {
+    std::iter::from_fn(move || {
+        let len = usize::try_from(u32_of(bytes)?).ok()?;
+        let (kind, flags) = (u16_of(bytes.get(4..)?)?, u16_of(bytes.get(6..)?)?);
+        let seq = u32_of(bytes.get(8..)?)?;
+        let body = bytes.get(HEADER..len)?;
+        bytes = bytes.get(aligned(len)..).unwrap_or_default();
+        Some(Raw { seq, kind, interrupted: flags & NLM_F_DUMP_INTR != 0, body })
     })
+}
+
+/// The messages of one datagram, with their sequence numbers. Ends at the first that does not fit.
+pub fn answers(bytes: &[u8]) -> impl Iterator<Item = (u32, Answer)> {
+    messages(bytes).map(|raw| (raw.seq, raw.answer()))
 }
 
 #[cfg(test)]

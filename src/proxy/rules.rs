@@ -1,6 +1,6 @@
 //! The rules that we want, as data. A backend renders them.
 
-use super::cover::Prefix;
+use super::{cover::Prefix, udp};
 use crate::{
     config::ProxyConfig,
     table::{
@@ -19,6 +19,10 @@ pub const DEVICE: &str = "weft0";
 /// Redirected address and port pairs at most: iptables looks through them one by one. Those beyond it are
 /// not redirected, and status says how many.
 const REDIRECTS_MOST: usize = 10_000;
+
+/// A port of our address that stands for "nobody serves this": what comes to it is refused.
+/// IANA: tcpmux (RFC 7805: historic).
+pub const REFUSED: u16 = 1;
 
 /// Linux: IFNAMSIZ, less the final zero.
 const NAME_MOST: usize = 15;
@@ -62,7 +66,7 @@ pub enum Action {
 /// One address and port that clients use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub protocol: Protocol,
     pub port: u16,
     pub action: Action,
@@ -71,7 +75,7 @@ pub struct Rule {
 /// All that netfilter is to do for us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Desired {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub mark: u32,
     pub catch: Catch,
     /// In the order of their addresses.
@@ -118,37 +122,46 @@ fn addresses<'s>(service: &'s Service, external: bool, own: Ipv4Addr) -> impl It
     })
 }
 
-fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
+/// The Services that are ours to bring to their endpoints.
+pub fn proxied(table: &Table) -> impl Iterator<Item = &Service> {
     table.services().filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
 }
 
 impl Desired {
     #[must_use]
-    pub fn new(table: &Table, cfg: &ProxyConfig, address: Ipv4Addr, ports: &Ports, catch: Catch) -> Self {
-        let mut rules: BTreeMap<(Ipv4Addr, u16, Protocol), Action> = BTreeMap::new();
+    pub fn new(
+        table: &Table,
+        cfg: &ProxyConfig,
+        address: Ipv4Addr,
+        ports: &Ports,
+        udp: &udp::Ports,
+        catch: Catch,
+    ) -> Self {
+        let mut rules: BTreeMap<(IpAddr, u16, Protocol), Action> = BTreeMap::new();
         if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
             let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
             for port in service.ports.iter().filter(asked) {
                 for ip in addresses(service, false, address) {
-                    rules.insert((ip, port.number, port.protocol), Action::Redirect(listening));
+                    rules.insert((ip.into(), port.number, port.protocol), Action::Redirect(listening));
                 }
             }
         }
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
                 for port in &service.ports {
-                    let served = table.endpoints(&service.id).any(|(slice, endpoint)| {
-                        (endpoint.ready || endpoint.serving)
-                            && Table::target_port(slice, &port.name, port.protocol).is_some()
-                    });
-                    // A UDP or SCTP port that somebody serves is left to whoever else does it.
+                    let served = udp::served(table, &service.id, &port.name, port.protocol);
+                    // An SCTP port, and an UDP port that has no socket yet, are left to whoever else does them.
                     let action = match (port.protocol, served) {
                         (Protocol::Tcp, true) => Action::Redirect(proxy),
                         (Protocol::Tcp | Protocol::Udp, false) => Action::Refuse,
-                        (Protocol::Udp, true) | (Protocol::Sctp, _) => continue,
+                        (Protocol::Udp, true) => match udp.get(&(service.id.clone(), port.number)) {
+                            Some(socket) => Action::Redirect(*socket),
+                            None => continue,
+                        },
+                        (Protocol::Sctp, _) => continue,
                     };
                     for ip in addresses(service, cfg.external_ips, address) {
-                        rules.entry((ip, port.number, port.protocol)).or_insert(action);
+                        rules.entry((ip.into(), port.number, port.protocol)).or_insert(action);
                     }
                 }
             }
@@ -157,7 +170,7 @@ impl Desired {
         let mut all = Vec::with_capacity(rules.len().min(REDIRECTS_MOST) + 2);
         if let Some((asked, listening)) = ports.dns {
             all.extend([Protocol::Udp, Protocol::Tcp].map(|protocol| Rule {
-                address,
+                address: address.into(),
                 protocol,
                 port: asked,
                 action: Action::Redirect(listening),
@@ -169,7 +182,7 @@ impl Desired {
             port,
             action,
         }));
-        Self { address, mark: cfg.mark, catch, rules: all, left_out }
+        Self { address: address.into(), mark: cfg.mark, catch, rules: all, left_out }
     }
 }
 
@@ -254,7 +267,8 @@ mod tests {
     }
 
     fn rules_with(table: &Table, cfg: &ProxyConfig, ports: &Ports) -> Vec<(String, u16, Protocol, Action)> {
-        let desired = Desired::new(table, cfg, OWN, ports, Catch::AllBut(vec![]));
+        let id = ServiceId { namespace: "default".into(), name: "udp".into() };
+        let desired = Desired::new(table, cfg, OWN, ports, &[((id, 80), 10_007)].into(), Catch::AllBut(vec![]));
         desired.rules.iter().map(|r| (r.address.to_string(), r.port, r.protocol, r.action)).collect()
     }
 
@@ -268,6 +282,7 @@ mod tests {
         add(&mut table, "web", "10.96.0.2", Protocol::Tcp, true, |_| ());
         add(&mut table, "dead", "10.96.0.1", Protocol::Tcp, false, |_| ());
         add(&mut table, "udp", "10.96.0.3", Protocol::Udp, true, |_| ());
+        add(&mut table, "udp-without-socket", "10.96.0.8", Protocol::Udp, true, |_| ());
         add(&mut table, "udp-dead", "10.96.0.4", Protocol::Udp, false, |_| ());
         add(&mut table, "sctp", "10.96.0.5", Protocol::Sctp, false, |_| ());
         add(&mut table, "other", "10.96.0.6", Protocol::Tcp, true, |s| s.not_proxied = true);
@@ -276,11 +291,12 @@ mod tests {
         want.extend([
             ("10.96.0.1".into(), 80, Protocol::Tcp, Action::Refuse),
             ("10.96.0.2".into(), 80, Protocol::Tcp, Action::Redirect(4000)),
+            ("10.96.0.3".into(), 80, Protocol::Udp, Action::Redirect(10_007)),
             ("10.96.0.4".into(), 80, Protocol::Udp, Action::Refuse),
         ]);
         assert_eq!(rules(&table, &cfg()), want);
         let (vips, avoid) = addresses_of(&table, &cfg(), OWN, &PORTS);
-        assert_eq!(vips.len(), 5);
+        assert_eq!(vips.len(), 6);
         assert!(avoid.contains(&Prefix::host("10.1.0.9".parse().unwrap())));
     }
 

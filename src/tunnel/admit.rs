@@ -81,7 +81,7 @@ const RELAYED: [u16; 3] = [0xfd77, 0x6566, 0x7401];
 /// comes back, and another for everybody else.
 pub(super) fn remote(origin: Origin) -> SocketAddr {
     match origin {
-        Origin::Address(address) => address,
+        Origin::Address(way) => way.remote,
         Origin::Relay { relay, flow } => {
             let [a, b, c] = RELAYED;
             let [high, low] = [(flow >> 16) as u16, flow as u16];
@@ -128,7 +128,7 @@ mod tests {
         let flow = |relay, flow| remote(Origin::Relay { relay, flow });
         assert_ne!(flow(0, 1), flow(1, 0));
         assert_ne!(flow(0, 1), flow(0, 1 << 16));
-        let address = "192.0.2.1:5".parse().unwrap();
-        assert_eq!(remote(Origin::Address(address)), address);
+        let address: SocketAddr = "192.0.2.1:5".parse().unwrap();
+        assert_eq!(remote(Origin::Address(address.into())), address);
     }
 }

@@ -4,21 +4,16 @@ use super::{
     admit,
     congestion::OnLink,
     gate,
-    node::{KEEPALIVE, Node, Origin},
+    node::{Node, Origin},
     noise::Dial,
     path::Path,
-    slot::{Role, STRANGER, Slot, virtual_address},
+    slot::{Begin, Role, STRANGER, Slot, virtual_address},
     windows::Windows,
 };
 use crate::metrics::bump;
 use bytes::BytesMut;
-use quinn_proto::{Connection, ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Incoming};
-use std::{
-    collections::{BTreeMap, VecDeque},
-    net::SocketAddr,
-    sync::Arc,
-    time::Instant,
-};
+use quinn_proto::{ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Incoming};
+use std::{sync::Arc, time::Instant};
 
 impl Node {
     pub(super) fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
@@ -95,10 +90,8 @@ impl Node {
         let config = self.transport.accepting(&windows, &on_link);
         match self.endpoint.accept(incoming, now, &mut reply, Some(config)) {
             Ok(made) => {
-                self.insert_slot(now, index, made, remote, (Role::Accepted, origin.path()), (windows, on_link));
-                if let Some(slot) = self.slots.get_mut(index) {
-                    slot.first_dcid = dcid;
-                }
+                let (role, path, terms) = (Role::Accepted, origin.path(), (windows, on_link));
+                self.insert_slot(now, index, Begin { made, remote, role, path, first_dcid: dcid, terms });
             }
             Err(error) => {
                 windows.close(&mut self.budget);
@@ -138,39 +131,9 @@ impl Node {
         }
     }
 
-    fn insert_slot(
-        &mut self,
-        now: Instant,
-        index: u32,
-        (handle, conn): (ConnectionHandle, Connection),
-        remote: SocketAddr,
-        (role, path): (Role, Path),
-        (windows, on_link): (Windows, OnLink),
-    ) {
-        let slot = Slot {
-            handle,
-            conn,
-            remote,
-            role,
-            path,
-            first_dcid: Vec::new(),
-            peer: None,
-            born: now,
-            idle_since: now,
-            next_keepalive: now + KEEPALIVE,
-            lost: false,
-            streams: BTreeMap::new(),
-            timeout: Some(now),
-            dirty: false,
-            tx_bytes: 0,
-            rx_bytes: 0,
-            also: None,
-            recent: VecDeque::new(),
-            windows,
-            on_link,
-        };
-        self.slots.insert(index, slot);
-        self.by_handle.insert(handle, index);
+    fn insert_slot(&mut self, now: Instant, index: u32, begin: Begin) {
+        self.by_handle.insert(begin.made.0, index);
+        self.slots.insert(index, Slot::new(now, begin));
         self.touch(index);
     }
 
@@ -182,7 +145,8 @@ impl Node {
         let remote = virtual_address(index);
         match config.and_then(|c| self.endpoint.connect(now, c, remote, "weft").map_err(|e| e.to_string())) {
             Ok(made) => {
-                self.insert_slot(now, index, made, remote, (role, path), (windows, on_link));
+                let terms = (windows, on_link);
+                self.insert_slot(now, index, Begin { made, remote, role, path, first_dcid: Vec::new(), terms });
                 Ok(index)
             }
             Err(why) => {
@@ -195,7 +159,7 @@ impl Node {
     /// Whether packets on this path cross no router.
     pub(super) fn on_link(&self, path: Path) -> bool {
         match path {
-            Path::Direct(address) => self.lan.links.iter().any(|link| link.contains(address.ip())),
+            Path::Direct(way) => self.lan.links.iter().any(|link| link.contains(way.remote.ip())),
             Path::Relay { .. } => false,
         }
     }

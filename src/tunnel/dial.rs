@@ -1,36 +1,35 @@
 //! How a peer is found and reached: questions to the relays, handshakes, and which connection stays.
 
 use super::{
-    home::Action,
     identity::Certificate,
-    node::{Event, Node, Origin},
+    node::Node,
     noise::{Dial, Purpose},
     path::Path,
-    peer::{ANSWER_WAIT, ASK_AGAIN, Peer, Want},
-    slot::Role,
+    peer::{ANSWER_WAIT, Peer},
+    slot::{LIVE_MAX, Role, Slot},
 };
 use crate::metrics::bump;
 use quinn_proto::ConnectionError;
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 /// Two handshakes within this are two dials at the same time and not a restart of the peer.
 const SIMULTANEOUS: Duration = Duration::from_secs(10);
-/// A node that has just started may register a moment later than others ask for it.
-const UNKNOWN_GRACE: Duration = Duration::from_secs(1);
 /// A client whose Finished is lost a few times sends it again in longer and longer steps.
 const HALF_OPEN_WAIT: Duration = Duration::from_secs(15);
 /// What "nobody answered" can mean.
 const CAUSES: &str = "it is off or cut off, or its psk, CA or key is another than ours says";
 
-/// How long a handshake may take.
-fn patience(role: &Role) -> Duration {
-    match role {
-        Role::Dialed(_) | Role::Registering(_) => ANSWER_WAIT,
-        Role::Accepted | Role::Registered => HALF_OPEN_WAIT,
+impl Slot {
+    /// When a handshake has taken too long; None after it.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let patience = match self.role {
+            Role::Dialed(_) | Role::Registering(_) => ANSWER_WAIT,
+            Role::Accepted | Role::Registered => HALF_OPEN_WAIT,
+        };
+        (self.peer.is_none() && !self.lost).then(|| self.born + patience)
     }
 }
 
@@ -64,7 +63,7 @@ impl Node {
     }
 
     /// Dials where the way is known, else asks for it.
-    fn reach(&mut self, now: Instant, name: &str) {
+    pub(super) fn reach(&mut self, now: Instant, name: &str) {
         self.recall(name);
         let relays = self.homes.len();
         let Some(peer) = self.peers.get_mut(name) else { return };
@@ -75,7 +74,7 @@ impl Node {
         let known = peer.paths.current().or_else(|| {
             // With a relay at hand the cached address is tried beside it and not instead of it.
             let alone = self.homes.usable().next().is_none();
-            peer.paths.last_good().filter(|_| alone).map(Path::Direct)
+            peer.paths.last_good().filter(|_| alone).map(Path::to)
         });
         if let (Some(path), Some(certificate)) = (known, peer.certificate.clone()) {
             self.dial(now, name, path, &certificate);
@@ -98,13 +97,6 @@ impl Node {
         self.want_flow(now, name);
     }
 
-    fn want_flow(&mut self, now: Instant, name: &str) {
-        let request = self.rng.u32(..);
-        let Some(peer) = self.peers.get_mut(name) else { return };
-        peer.want = Some(Want { request, since: now, next_ask: now + ASK_AGAIN, unknown_at: Vec::new() });
-        self.homes.ask(request, name, &mut self.outbox);
-    }
-
     pub(super) fn dial(&mut self, now: Instant, name: &str, path: Path, certificate: &Certificate) {
         let local = Arc::clone(&self.transport.local);
         let dial = Dial { local, peer: certificate.key, name: name.into(), purpose: Purpose::Peer };
@@ -119,7 +111,7 @@ impl Node {
     }
 
     /// What waits for this peer fails; the next open tries anew.
-    fn give_up(&mut self, name: &str, why: &str) {
+    pub(super) fn give_up(&mut self, name: &str, why: &str) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         let waiting = std::mem::take(&mut peer.waiting);
         peer.want = None;
@@ -130,40 +122,13 @@ impl Node {
         self.kill_streams(waiting, why);
     }
 
-    /// When `drive_dials` is next of use.
-    pub(super) fn dial_timeout(&self) -> Option<Instant> {
-        let wants = self.peers.iter().filter_map(|p| p.want.as_ref()).map(|w| w.next_ask);
-        let dials =
-            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost).map(|(_, s)| s.born + patience(&s.role));
-        wants.chain(dials).min()
-    }
-
-    pub(super) fn drive_dials(&mut self, now: Instant) {
-        let due = |p: &&mut Peer| p.want.as_ref().is_some_and(|w| w.next_ask <= now);
-        let mut late = Vec::new();
-        for peer in self.peers.iter_mut().filter(due) {
-            let Some(want) = &mut peer.want else { continue };
-            // Whoever has a connection can wait.
-            want.next_ask = now + if peer.slot.is_some() { ANSWER_WAIT } else { ASK_AGAIN };
-            if now >= want.since + ANSWER_WAIT && peer.slot.is_none() && peer.dialing.is_none() {
-                late.push(peer.name.clone());
-            } else {
-                self.homes.ask(want.request, &peer.name, &mut self.outbox);
+    /// Of these connections some are due.
+    pub(super) fn drive_dials(&mut self, now: Instant, slots: &[u32]) {
+        for index in slots {
+            if self.slots.get(*index).and_then(Slot::deadline).is_some_and(|at| at <= now) {
+                self.nobody_answered(now, *index);
             }
         }
-        for name in late {
-            let up = self.homes.usable().count();
-            let why = match (up, self.homes.len()) {
-                (0, 0) => "nobody of this name is on our links, and no relay is configured",
-                (0, _) => "no relay answers, and nobody of this name is on our links",
-                _ => "the relays did not say how to reach it",
-            };
-            self.give_up(&name, why);
-        }
-        let silent =
-            self.slots.iter().filter(|(_, s)| s.peer.is_none() && !s.lost && now >= s.born + patience(&s.role));
-        let silent: Vec<u32> = silent.map(|(i, _)| i).collect();
-        silent.into_iter().for_each(|index| self.nobody_answered(now, index));
     }
 
     fn nobody_answered(&mut self, now: Instant, index: u32) {
@@ -185,171 +150,6 @@ impl Node {
             Role::Registered => {}
         }
         self.close(now, index, "no answer");
-    }
-
-    pub(super) fn act_on(&mut self, now: Instant, action: Action) {
-        match action {
-            Action::Resolve(relay) => {
-                if let Some(home) = self.homes.get(relay) {
-                    self.events.push_back(Event::Resolve { relay, host: home.host.clone() });
-                }
-            }
-            Action::Dial(relay) => self.register(now, relay),
-            Action::Registered(relay) => self.registered(now, relay),
-            Action::Lost(relay) => self.relay_lost(now, relay),
-            Action::Opened { relay, request, flow, certificate } => {
-                self.flow_opened(now, relay, request, flow, *certificate);
-            }
-            Action::NotFound { relay, request } => self.not_found(now, relay, request),
-            Action::Flow { relay, flow, certificate } => self.flow_told(now, relay, flow, *certificate),
-            Action::Gone { relay, flow } => {
-                self.peers.unbind_flow(relay, flow);
-                self.paths_lost(now, |path| path == Path::Relay { relay, flow });
-            }
-        }
-    }
-
-    /// A host name was looked up for [`Event::Resolve`].
-    pub fn resolved(&mut self, now: Instant, relay: usize, address: Result<SocketAddr, String>) {
-        self.homes.resolved(relay, now, address);
-        self.handle_tick(now);
-    }
-
-    fn register(&mut self, now: Instant, relay: usize) {
-        let Some(home) = self.homes.get(relay) else { return };
-        let Some(address) = home.address else { return };
-        let (name, peer) = (home.certificate.name.clone(), home.certificate.key);
-        let dial = Dial { local: Arc::clone(&self.transport.local), peer, name, purpose: Purpose::Register };
-        if let Err(why) = self.connect_slot(now, dial, Role::Registering(relay), Path::Direct(address)) {
-            self.homes.dial_failed(relay, now, &why);
-        }
-    }
-
-    /// The relay answered under the registration's keys: the connection has done its work.
-    fn registered(&mut self, now: Instant, relay: usize) {
-        let done = self.slots.iter().filter(|(_, s)| s.role == Role::Registering(relay)).map(|(i, _)| i);
-        let done: Vec<u32> = done.collect();
-        done.into_iter().for_each(|index| self.close(now, index, "registered"));
-        for peer in self.peers.iter_mut().filter(|p| p.want.is_some()) {
-            if let Some(want) = &mut peer.want {
-                self.homes.ask(want.request, &peer.name, &mut self.outbox);
-            }
-        }
-    }
-
-    fn relay_lost(&mut self, now: Instant, relay: usize) {
-        self.peers.unbind_relay(relay);
-        self.paths_lost(now, |path| matches!(path, Path::Relay { relay: r, .. } if r == relay));
-    }
-
-    /// Peers on these paths get another: their connections go on.
-    fn paths_lost(&mut self, now: Instant, gone: impl Fn(Path) -> bool) {
-        let hit = |p: &&mut Peer| p.paths.relay().is_some_and(&gone);
-        let mut again = Vec::new();
-        for peer in self.peers.iter_mut().filter(hit) {
-            peer.set_relay(now, None);
-            if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
-                again.push(peer.name.clone());
-            }
-        }
-        again.iter().for_each(|name| self.want_flow(now, name));
-    }
-
-    /// What a relay says of a peer is believed only as far as the CA signed it.
-    fn checked(&self, certificate: &Certificate) -> bool {
-        let verdict = certificate.verify(&self.transport.local.ca, self.unix());
-        if let Err(why) = &verdict {
-            bump(&self.count.bad_certificate);
-            log::warn!(target: "tunnel", "a relay told of {}, whose certificate does not hold: {why}", certificate.name);
-        }
-        verdict.is_ok()
-    }
-
-    fn flow_opened(&mut self, now: Instant, relay: usize, request: u32, flow: u32, certificate: Certificate) {
-        if !self.checked(&certificate) {
-            return;
-        }
-        let name = certificate.name.clone();
-        let wanted = |p: &Peer| p.want.as_ref().is_some_and(|w| w.request == request);
-        if !self.peers.get(&name).is_some_and(wanted) {
-            return;
-        }
-        self.peers.bind_flow(relay, flow, &name);
-        let path = Path::Relay { relay, flow };
-        let Some(peer) = self.peers.get_mut(&name) else { return };
-        peer.want = None;
-        peer.set_relay(now, Some(path));
-        let (idle, dialing) = (peer.slot.is_none() && peer.dialing.is_none(), peer.dialing.is_some());
-        self.know(&name, &certificate);
-        self.seek(now, &name);
-        if idle {
-            self.dial(now, &name, path, &certificate);
-        } else if dialing {
-            self.redial(now, &name, path, &certificate);
-        }
-        self.follow(&name);
-    }
-
-    fn not_found(&mut self, now: Instant, relay: usize, request: u32) {
-        let all = self.homes.usable().count();
-        let wanted = |p: &Peer| p.want.as_ref().is_some_and(|w| w.request == request);
-        let Some(peer) = self.peers.iter_mut().find(|p| wanted(p)) else { return };
-        let Some(want) = &mut peer.want else { return };
-        if !want.unknown_at.contains(&relay) {
-            want.unknown_at.push(relay);
-        }
-        if want.unknown_at.len() >= all
-            && peer.slot.is_none()
-            && peer.dialing.is_none()
-            && now >= want.since + UNKNOWN_GRACE
-        {
-            let name = peer.name.clone();
-            self.give_up(&name, "no relay knows it: it is not registered, or the name is wrong");
-        }
-    }
-
-    /// A relay says who is at the other end of a flow that the other end asked for.
-    fn flow_told(&mut self, now: Instant, relay: usize, flow: u32, certificate: Certificate) {
-        if !self.checked(&certificate) {
-            return;
-        }
-        let name = certificate.name.clone();
-        let Some(peer) = self.peers.entry(now, &name) else { return };
-        let path = Path::Relay { relay, flow };
-        peer.want = None;
-        peer.set_relay(now, Some(path));
-        let idle = peer.slot.is_none() && peer.dialing.is_none() && !peer.waiting.is_empty();
-        self.know(&name, &certificate);
-        self.peers.bind_flow(relay, flow, &name);
-        self.follow(&name);
-        if idle {
-            self.reach(now, &name);
-        }
-    }
-
-    /// A datagram for this slot came from there.
-    pub(super) fn heard(&mut self, now: Instant, index: u32, origin: Origin, len: u64) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
-        slot.rx_bytes += len;
-        let path = slot.path;
-        let Some(name) = slot.peer.clone() else { return };
-        self.path_heard(now, &name, origin);
-        if path == origin.path() {
-            return;
-        }
-        // The relay vouches for whom a flow is with: only then does the path follow.
-        if let Origin::Relay { relay, flow } = origin {
-            match self.peers.of_flow(relay, flow) {
-                Some(known) if known == name => {
-                    if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.paths.relay() != Some(origin.path())) {
-                        peer.set_relay(now, Some(origin.path()));
-                        self.follow(&name);
-                    }
-                }
-                Some(_) => {}
-                None => self.homes.who(relay, flow, &mut self.outbox),
-            }
-        }
     }
 
     /// A confirmed connection with a node: which of its connections carries new streams?
@@ -405,6 +205,21 @@ impl Node {
             self.open_waiting(slot);
         }
         self.accept_streams(index);
+        self.make_room(now, index);
+    }
+
+    /// The connection that was of no use for longest makes room for this one; where all carry streams, there is none.
+    fn make_room(&mut self, now: Instant, index: u32) {
+        if self.slots.live().count() <= LIVE_MAX {
+            return;
+        }
+        let idle = self.slots.live().filter(|(at, s)| *at != index && s.streams.is_empty());
+        let idle = idle.min_by_key(|(_, s)| s.idle_since).map(|(at, _)| at);
+        bump(&self.count.connections_displaced);
+        match idle {
+            Some(at) => self.close(now, at, "another connection needs its place"),
+            None => self.close(now, index, "too many connections are in use"),
+        }
     }
 
     pub(super) fn connection_lost(&mut self, now: Instant, index: u32, reason: &ConnectionError) {

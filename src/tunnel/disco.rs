@@ -21,8 +21,8 @@ const MESSAGE_MAX: usize = 1024;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Message {
-    /// Does this path carry? Padded, so that what passes is no smaller than a QUIC Initial's least.
-    Ping { txid: u64 },
+    /// Does this path carry? And how many of our uplinks are preferred to the one by which it came.
+    Ping { txid: u64, preference: u8 },
     /// It does, and you come from this address.
     Pong { txid: u64, observed: SocketAddr },
     /// Here I may be reached: send PINGs there now, as I do to yours. `asks`: send yours back.
@@ -41,6 +41,8 @@ pub(super) enum Mapping {
     EndpointIndependent,
     /// Address-dependent, or address and port-dependent.
     Dependent,
+    /// The same, and the ports come one after the other (section 4.2.1).
+    Sequential,
 }
 
 impl std::fmt::Display for Mapping {
@@ -50,6 +52,7 @@ impl std::fmt::Display for Mapping {
             Self::None => "no NAT",
             Self::EndpointIndependent => "endpoint-independent mapping",
             Self::Dependent => "address-dependent mapping",
+            Self::Sequential => "address-dependent mapping with sequential ports",
         })
     }
 }
@@ -58,9 +61,10 @@ impl Message {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(64);
         match self {
-            Self::Ping { txid } => {
+            Self::Ping { txid, preference } => {
                 out.push(1);
                 out.extend_from_slice(&txid.to_be_bytes());
+                out.push(*preference);
             }
             Self::Pong { txid, observed } => {
                 out.push(2);
@@ -74,6 +78,7 @@ impl Message {
                     Mapping::None => 1,
                     Mapping::EndpointIndependent => 2,
                     Mapping::Dependent => 3,
+                    Mapping::Sequential => 4,
                 });
                 out.push(candidates.len().min(CANDIDATES_MAX) as u8);
                 candidates.iter().take(CANDIDATES_MAX).for_each(|c| put_address(&mut out, *c));
@@ -86,7 +91,7 @@ impl Message {
     fn decode(bytes: &[u8]) -> Option<Self> {
         let mut c = Cursor(bytes);
         let message = match c.u8()? {
-            1 => Self::Ping { txid: c.u64()? },
+            1 => Self::Ping { txid: c.u64()?, preference: c.u8()? },
             2 => Self::Pong { txid: c.u64()?, observed: c.address()? },
             3 => {
                 let asks = c.u8()? != 0;
@@ -95,6 +100,7 @@ impl Message {
                     1 => Mapping::None,
                     2 => Mapping::EndpointIndependent,
                     3 => Mapping::Dependent,
+                    4 => Mapping::Sequential,
                     _ => return None,
                 };
                 let count = usize::from(c.u8()?);
@@ -202,7 +208,7 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(1);
         let v6 = "[fd00::1]:9".parse().unwrap();
         for message in [
-            Message::Ping { txid: 7 },
+            Message::Ping { txid: 7, preference: 1 },
             Message::Pong { txid: 7, observed: "1.2.3.4:5".parse().unwrap() },
             Message::CallMeMaybe { asks: true, mapping: Mapping::Dependent, candidates: vec![v6; CANDIDATES_MAX] },
             Message::PathDown,

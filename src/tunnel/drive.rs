@@ -3,13 +3,13 @@
 use super::{
     frame::DATA_HEADER,
     node::{Node, Output},
-    path::Path,
+    path::{Path, Way},
     relay::Relay,
     transport::RTT_FIRST,
     windows::Change,
 };
 use crate::metrics::add;
-use std::{net::SocketAddr, time::Instant};
+use std::time::Instant;
 
 /// Transmissions that may be lost on a dead path before the next connection has its turn.
 const TURNS: usize = 4;
@@ -33,23 +33,25 @@ impl Node {
                 return output;
             }
         }
-        let timers = self.slots.iter().filter_map(|(_, s)| s.timeout);
-        let others = [
+        let all = [
+            self.slots.poll_timeout(),
+            self.peers.poll_timeout(),
             self.homes.poll_timeout(),
             self.relay.as_ref().and_then(Relay::poll_timeout),
-            self.dial_timeout(),
-            self.path_timeout(),
             self.lan.poll_timeout(),
+            self.pilot.poll_timeout(),
+            Some(self.next_sweep),
         ];
-        let due = timers.chain(others.into_iter().flatten()).chain([self.next_sweep]).min();
+        let due = all.into_iter().flatten().min();
         self.due = due;
         Output::Wait(due)
     }
 
-    fn sent(&self, to: SocketAddr, segment: Option<usize>, len: usize) -> Output {
+    fn sent(&self, to: Way, segment: Option<usize>, len: usize) -> Output {
         add(&self.count.tx_datagrams, segment.map_or(1, |s| len.div_ceil(s)) as u64);
         add(&self.count.tx_bytes, len as u64);
-        Output::Send { to, segment }
+        let local = to.local.or_else(|| self.uplinks.source(to.remote.ip()));
+        Output::Send { to: to.remote, local, segment }
     }
 
     /// One turn of a connection: its events, then one transmission.
@@ -68,7 +70,8 @@ impl Node {
         }
         self.measure(now, index);
         let slot = self.slots.get_mut(index)?;
-        slot.timeout = slot.conn.poll_timeout();
+        let at = slot.conn.poll_timeout().into_iter().chain(slot.deadline()).min();
+        self.slots.wake(index, at);
         None
     }
 
@@ -116,7 +119,7 @@ impl Node {
     }
 
     /// None: nothing to send. (None, _) inside: it was dropped, its path is down.
-    fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<SocketAddr>, Option<usize>)> {
+    fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<Way>, Option<usize>)> {
         let slot = self.slots.get_mut(index)?;
         buf.clear();
         let (to, segment) = match slot.path {
@@ -131,9 +134,12 @@ impl Node {
                 let transmit = slot.conn.poll_transmit(now, self.gso, &mut self.scratch)?;
                 let whole = self.scratch.get(..transmit.size).unwrap_or(&self.scratch);
                 let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
+                if slot.peer.is_some() {
+                    slot.remember(whole, size); // should the relay fall silent
+                }
                 let up = whole.chunks(size).all(|datagram| self.homes.wrap(relay, now, flow, datagram, buf));
                 let address = self.homes.get(relay).and_then(|h| h.address).filter(|_| up);
-                (address, transmit.segment_size.map(|s| s + DATA_HEADER))
+                (address.map(Way::from), transmit.segment_size.map(|s| s + DATA_HEADER))
             }
         };
         if let Some(slot) = self.slots.get_mut(index) {

@@ -47,7 +47,7 @@ struct Long<'a> {
 }
 
 /// RFC 9000 section 16.
-fn varint(c: &mut Cursor<'_>) -> Option<u64> {
+pub(super) fn varint(c: &mut Cursor<'_>) -> Option<u64> {
     let first = c.u8()?;
     let rest = c.take((1 << (first >> 6)) - 1)?;
     Some(rest.iter().fold(u64::from(first & 0x3f), |n, b| n << 8 | u64::from(*b)))

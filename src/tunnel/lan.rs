@@ -7,7 +7,7 @@ use super::{
     identity::Certificate,
     keys::{Key, TAG_LEN, derive},
     node::{Node, Output},
-    path::Path,
+    path::{Path, Way},
 };
 use crate::metrics::bump;
 use chacha20poly1305::{AeadInPlace, KeyInit, XChaCha20Poly1305, XNonce};
@@ -154,16 +154,21 @@ impl Node {
         if new {
             log::debug!(target: "tunnel", "{name} is on this link, at {from}");
         }
+        let way = Way::from(from);
+        if peer.paths.last_good().is_some_and(|at| at.is_ipv4() && Way::from(at).rank() < way.rank()) {
+            // It was heard by IPv4 as well.
+            return peer.paths.candidates.learn_address(from);
+        }
         peer.paths.remember(from);
         if peer.slot.is_some() {
             if new {
                 self.seek(now, &name);
             }
         } else if peer.dialing.is_some() {
-            self.redial(now, &name, Path::Direct(from), &certificate);
+            self.redial(now, &name, Path::to(from), &certificate);
         } else if !peer.waiting.is_empty() {
             peer.want = None;
-            self.dial(now, &name, Path::Direct(from), &certificate);
+            self.dial(now, &name, Path::to(from), &certificate);
         }
     }
 }

@@ -13,12 +13,14 @@ use super::{
     lan::Lan,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
-    path::Path,
+    path::{Path, Way, canonical},
     peer::Peers,
     relay::{Relay, RelayLoad},
     slot::{Role, Slot, Slots},
     streams::Streams,
     transport::Transport,
+    uplinks::{Pilot, Uplinks},
+    ways::Reach,
     windows::{Budget, Limits},
 };
 use crate::{
@@ -29,7 +31,7 @@ use bytes::{Buf, BytesMut};
 use quinn_proto::{ConnectionHandle, Dir, Endpoint, Event as QuicEvent, StreamEvent};
 use std::{
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -74,6 +76,8 @@ pub enum Output {
     /// `buf` holds one datagram, or several of `segment` bytes of which the last may be shorter.
     Send {
         to: SocketAddr,
+        /// The source, where it is not left to the routing table.
+        local: Option<IpAddr>,
         segment: Option<usize>,
     },
     /// `buf` holds a beacon for every link.
@@ -85,14 +89,14 @@ pub enum Output {
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
-    Address(SocketAddr),
+    Address(Way),
     Relay { relay: usize, flow: u32 },
 }
 
 impl Origin {
     pub(super) fn path(self) -> Path {
         match self {
-            Self::Address(address) => Path::Direct(address),
+            Self::Address(way) => Path::Direct(way),
             Self::Relay { relay, flow } => Path::Relay { relay, flow },
         }
     }
@@ -121,6 +125,9 @@ pub struct Node {
     /// Where we may be reached by ourselves: the interfaces' addresses with our port.
     pub(super) local: Vec<SocketAddr>,
     pub(super) lan: Lan,
+    pub(super) uplinks: Rc<Uplinks>,
+    pub(super) pilot: Pilot,
+    pub(super) reach: Reach,
     pub(super) budget: Budget,
     pub(super) effort: Effort,
     /// When public-key work began that was not accounted for yet.
@@ -138,6 +145,8 @@ impl Node {
         let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
         let endpoint =
             Endpoint::new(Arc::new(transport.endpoint(&mut rng, config.seed)), Some(transport.server()), true, None);
+        let serial = transport.local.unix.load(Ordering::Relaxed).into();
+        let homes = Homes::new(config.relays, transport.local.public, serial, now, rng.fork());
         Self {
             name: config.name,
             gate: Gate::new(transport.cids.clone(), &transport.local.public),
@@ -147,7 +156,7 @@ impl Node {
             by_handle: HashMap::new(),
             peers: Peers::default(),
             streams: Streams::default(),
-            homes: Homes::new(config.relays, now, rng.fork()),
+            homes,
             relay,
             outbox: Outbox::default(),
             events: VecDeque::new(),
@@ -159,6 +168,9 @@ impl Node {
             rng,
             local: Vec::new(),
             lan: Lan::new(psk.as_ref(), now),
+            uplinks: Rc::default(),
+            pilot: Pilot::default(),
+            reach: Reach::default(),
             budget: Budget::new(limits),
             effort: Effort::new(now),
             working_since: None,
@@ -196,13 +208,17 @@ impl Node {
         self.step(now);
     }
 
-    /// Datagrams of `segment` bytes each (the last may be shorter) from one address.
-    pub fn handle_datagrams(&mut self, now: Instant, from: SocketAddr, batch: &mut [u8], segment: usize) {
+    /// Datagrams of `segment` bytes each (the last may be shorter) from one address to one of ours.
+    pub fn handle_datagrams(&mut self, now: Instant, from: impl Into<Way>, batch: &mut [u8], segment: usize) {
+        self.take_datagrams(now, from.into(), batch, segment);
+    }
+
+    fn take_datagrams(&mut self, now: Instant, from: Way, batch: &mut [u8], segment: usize) {
         self.step(now);
         if batch.is_empty() || segment == 0 {
             return;
         }
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let from = self.uplinks.way_of(canonical(from.remote), from.local.map(|ip| ip.to_canonical()));
         add(&self.count.rx_datagrams, batch.len().div_ceil(segment) as u64);
         add(&self.count.rx_bytes, batch.len() as u64);
         // A batch is one flow of the kernel's, but may still hold frames of several kinds.
@@ -218,13 +234,14 @@ impl Node {
         }
     }
 
-    fn handle_run(&mut self, now: Instant, from: SocketAddr, kind: Kind, run: &mut [u8], segment: usize) {
+    fn handle_run(&mut self, now: Instant, way: Way, kind: Kind, run: &mut [u8], segment: usize) {
+        let from = way.remote;
         match kind {
             Kind::Quic => {
                 let mut bytes = BytesMut::from(&*run);
                 while !bytes.is_empty() {
                     let datagram = bytes.split_to(segment.min(bytes.len()));
-                    self.handle_quic(now, Origin::Address(from), datagram);
+                    self.handle_quic(now, Origin::Address(way), datagram);
                 }
             }
             Kind::RelayData => match self.homes.at(from) {
@@ -234,9 +251,8 @@ impl Node {
                     None => bump(&self.count.relay_rejects),
                 },
             },
-            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, from, frame)),
-            // Their handlers come with direct paths; until then they are dropped like the unknown.
-            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(from), f)),
+            Kind::RelayControl => run.chunks(segment).for_each(|frame| self.handle_control(now, way, frame)),
+            Kind::Disco => run.chunks(segment).for_each(|f| self.handle_disco(now, Origin::Address(way), f)),
             Kind::Beacon => run.chunks(segment).for_each(|frame| self.handle_beacon(now, from, frame)),
             Kind::Stun | Kind::Unknown => {
                 add(&self.count.unknown_first_byte, run.len().div_ceil(segment) as u64);
@@ -244,14 +260,26 @@ impl Node {
         }
     }
 
-    fn handle_control(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
+    fn handle_control(&mut self, now: Instant, way: Way, frame: &[u8]) {
+        let from = way.remote;
         let mut actions = Vec::new();
-        let taken = match self.homes.at(from) {
+        let known = self.homes.at(from);
+        let before = known.map(|relay| self.seen_by(relay));
+        let taken = match known {
             Some(relay) => self.homes.handle_control(relay, now, frame, &mut self.outbox, &mut actions),
             None => false,
         };
         match &mut self.relay {
-            _ if taken => self.act(now, actions),
+            _ if taken => {
+                self.uplink_works(now, way);
+                if let Some(Action::Tried(seen)) = actions.first() {
+                    self.uplink_seen(now, way, *seen);
+                }
+                if before != known.map(|relay| self.seen_by(relay)) {
+                    self.tell_all(now); // where we are now, and behind what
+                }
+                self.act(now, actions);
+            }
             Some(relay) => relay.handle_control(now, from, frame, &mut self.outbox, &self.count),
             None => bump(&self.count.control_rejects),
         }
@@ -289,13 +317,13 @@ impl Node {
     pub(super) fn send_raw(&mut self, now: Instant, path: Path, datagram: &[u8]) {
         let mut frame = Vec::with_capacity(datagram.len() + DATA_HEADER);
         let to = match path {
-            Path::Direct(address) => {
+            Path::Direct(way) => {
                 frame.extend_from_slice(datagram);
-                Some(address)
+                Some(way)
             }
             Path::Relay { relay, flow } => {
                 let up = self.homes.wrap(relay, now, flow, datagram, &mut frame);
-                self.homes.get(relay).and_then(|h| h.address).filter(|_| up)
+                self.homes.get(relay).and_then(|h| h.address).filter(|_| up).map(Way::from)
             }
         };
         if let Some(to) = to {
@@ -309,13 +337,11 @@ impl Node {
             return;
         }
         self.due = None;
-        let expired: Vec<u32> =
-            self.slots.iter().filter(|(_, s)| s.timeout.is_some_and(|t| t <= now)).map(|(i, _)| i).collect();
-        for index in expired {
-            if let Some(slot) = self.slots.get_mut(index) {
-                slot.timeout = None;
+        let (slots, peers) = (self.slots.due(now), self.peers.due(now));
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index) {
                 slot.conn.handle_timeout(now);
-                self.touch(index);
+                self.touch(*index);
             }
         }
         let mut actions = Vec::new();
@@ -324,8 +350,10 @@ impl Node {
         if let Some(relay) = &mut self.relay {
             relay.handle_timeout(now);
         }
-        self.drive_dials(now);
-        self.drive_paths(now);
+        self.drive_wants(now, &peers);
+        self.drive_dials(now, &slots);
+        self.drive_paths(now, &peers);
+        self.drive_uplinks(now);
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
@@ -348,6 +376,9 @@ impl Node {
         for index in all {
             if let Some(slot) = self.slots.get_mut(index) {
                 let change = slot.windows.settle(now, &mut self.budget);
+                if slot.windows.quiet(now) {
+                    slot.recent = VecDeque::new();
+                }
                 self.resize(index, change);
             }
             self.touch(index);
@@ -367,6 +398,9 @@ impl Node {
         let all: Vec<u32> = self.slots.iter().map(|(i, _)| i).collect();
         all.into_iter().for_each(|index| self.close(now, index, "the node stops"));
         self.homes.bye(&mut self.outbox);
+        if let Some(relay) = &mut self.relay {
+            relay.say_restarting(&mut self.outbox);
+        }
     }
 
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
@@ -406,7 +440,7 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    relay.register(now, certificate, &secret, from);
+                    relay.register(now, certificate, &secret, from.remote);
                 }
                 // A node cannot register through another relay: its address would not be its own.
                 _ => self.close(now, index, "this node is not a relay"),

@@ -9,6 +9,8 @@
 //! only ever context, never a key.
 
 use super::{
+    frame::Cursor,
+    gate::varint,
     identity::{CaPublic, Certificate},
     keys::{KEY_LEN, Key, TAG_LEN, derive, expand, initial_keys, keys, mac, packet_pair},
 };
@@ -175,6 +177,24 @@ impl snow::resolvers::CryptoResolver for Seeded {
     }
 }
 
+/// A registration is over in a few packets: the relay shall not look for the path's MTU, so it is told that we take no
+/// datagram above QUIC's minimum (max_udp_payload_size, RFC 9000 section 18.2).
+fn without_mtu_discovery(parameters: &[u8]) -> Vec<u8> {
+    const MAX_UDP_PAYLOAD_SIZE: u64 = 3;
+    let mut out = vec![MAX_UDP_PAYLOAD_SIZE as u8, 2, 0x44, 0xb0]; // 1,200 as a varint
+    let mut rest = Cursor(parameters);
+    loop {
+        let whole = rest.0;
+        let id = varint(&mut rest);
+        let value = varint(&mut rest).and_then(|len| rest.take(usize::try_from(len).ok()?));
+        match (id, value) {
+            (Some(MAX_UDP_PAYLOAD_SIZE), Some(_)) => {}
+            (Some(_), Some(_)) => out.extend_from_slice(&whole[..whole.len() - rest.0.len()]),
+            (_, None) | (None, _) => return out,
+        }
+    }
+}
+
 /// One dial: whom, and what for.
 pub(super) struct Dial {
     pub(super) local: Arc<Local>,
@@ -293,6 +313,9 @@ impl Session {
     fn empty(role: Role, responder: [u8; KEY_LEN], psk: Key, parameters: &TransportParameters) -> Self {
         let mut mine = Vec::new();
         parameters.write(&mut mine);
+        if matches!(&role, Role::Client(dial) if dial.purpose == Purpose::Register) {
+            mine = without_mtu_discovery(&mine);
+        }
         Self {
             role,
             step: Step::Start,

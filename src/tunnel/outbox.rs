@@ -1,6 +1,7 @@
 //! Datagrams ready to leave that no QUIC connection owns: control, relayed packets, answers.
 
-use std::{collections::VecDeque, net::SocketAddr};
+use super::path::Way;
+use std::collections::VecDeque;
 
 /// Of all datagrams that wait; a newcomer is dropped when full. Relayed traffic has its own congestion
 /// control at its ends, to which a drop here is the signal.
@@ -10,7 +11,7 @@ const POOL_MAX: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct Outgoing {
-    pub(super) to: SocketAddr,
+    pub(super) to: Way,
     pub(super) bytes: Vec<u8>,
     /// Size of each datagram but the last, where `bytes` holds several.
     pub(super) segment: Option<usize>,
@@ -26,19 +27,19 @@ pub(super) struct Outbox {
 impl Outbox {
     /// False where the datagram was dropped for want of room.
     #[must_use]
-    pub(super) fn push(&mut self, to: SocketAddr, bytes: Vec<u8>) -> bool {
-        self.enqueue(Outgoing { to, bytes, segment: None })
+    pub(super) fn push(&mut self, to: impl Into<Way>, bytes: Vec<u8>) -> bool {
+        self.enqueue(Outgoing { to: to.into(), bytes, segment: None })
     }
 
     /// Several datagrams of `segment` bytes (the last may be shorter) to one address.
     #[must_use]
-    pub(super) fn push_batch(&mut self, to: SocketAddr, batch: &[u8], segment: usize) -> bool {
+    pub(super) fn push_batch(&mut self, to: impl Into<Way>, batch: &[u8], segment: usize) -> bool {
         if self.held + batch.len() > BYTES_MAX {
             return false;
         }
         let mut bytes = self.pool.pop().unwrap_or_default();
         bytes.extend_from_slice(batch);
-        self.enqueue(Outgoing { to, bytes, segment: (batch.len() > segment).then_some(segment) })
+        self.enqueue(Outgoing { to: to.into(), bytes, segment: (batch.len() > segment).then_some(segment) })
     }
 
     fn enqueue(&mut self, out: Outgoing) -> bool {
@@ -51,7 +52,7 @@ impl Outbox {
     }
 
     /// Swaps the next batch into `buf`; what was there becomes a spare buffer.
-    pub(super) fn pop(&mut self, buf: &mut Vec<u8>) -> Option<(SocketAddr, Option<usize>)> {
+    pub(super) fn pop(&mut self, buf: &mut Vec<u8>) -> Option<(Way, Option<usize>)> {
         let mut next = self.queue.pop_front()?;
         self.held -= next.bytes.len();
         std::mem::swap(buf, &mut next.bytes);
@@ -70,12 +71,12 @@ mod tests {
     #[test]
     fn a_full_outbox_drops_the_newcomer_and_takes_it_later() {
         let mut out = Outbox::default();
-        let to = "1.2.3.4:5".parse().unwrap();
+        let to: std::net::SocketAddr = "1.2.3.4:5".parse().unwrap();
         let batch = vec![7; 64 << 10];
         let taken = (0..40).filter(|_| out.push_batch(to, &batch, 1213)).count();
         assert_eq!(taken, BYTES_MAX / batch.len());
         let mut buf = Vec::new();
-        assert_eq!(out.pop(&mut buf), Some((to, Some(1213))));
+        assert_eq!(out.pop(&mut buf), Some((to.into(), Some(1213))));
         assert_eq!(buf, batch);
         assert!(out.push(to, vec![1]));
     }

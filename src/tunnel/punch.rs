@@ -3,10 +3,13 @@
 //! It is told of candidates, pings, pongs and traffic, and says what to send and which path the data takes.
 //! Data never waits for it: until a path is proven, the relay carries it.
 
-use super::{disco::CANDIDATES_MAX, path::Path};
+use super::{
+    candidates::Candidates,
+    path::{Path, Way},
+};
 use std::{
     collections::VecDeque,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -43,18 +46,17 @@ const SUSPECT_AFTER: Duration = Duration::from_secs(1);
 const DEAD_AFTER: Duration = Duration::from_secs(3);
 /// A send that got no answer yet is followed by a PING so soon: an ACK of QUIC's asks for none.
 const NUDGE: Duration = Duration::from_millis(250);
-/// How long a PONG proves its path.
-const PROOF: Duration = Duration::from_secs(5);
 /// PINGs without a PONG that are remembered; the oldest is forgotten.
-const PROBES_MAX: usize = 128;
-/// An RTT must be better by this, or by a tenth, to be worth a switch among equals.
-const BETTER: Duration = Duration::from_millis(5);
+const PROBES_MAX: usize = 256;
+/// While a path is in use that is direct and not by the preferred uplink, or not of the best rank that the peer has.
+const BY_UPLINK: Duration = Duration::from_secs(30);
+const BY_RANK: Duration = Duration::from_secs(300);
 
 /// What the node does for the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Do {
     Ping {
-        to: SocketAddr,
+        to: Way,
         txid: u64,
     },
     /// By the relay; `asks` for theirs.
@@ -64,15 +66,12 @@ pub(super) enum Do {
     /// The data takes this path from now on; it is proven.
     Switch(Path),
     /// The last datagrams again by the relay, and all new ones by both paths.
-    Suspect,
+    /// `tell`: the peer too, unless it was the peer who said so.
+    Suspect {
+        tell: bool,
+    },
     /// The direct path answered again: by it alone.
     Trust,
-}
-
-struct Candidate {
-    address: SocketAddr,
-    rtt: Option<Duration>,
-    proven: Option<Instant>,
 }
 
 struct Round {
@@ -84,8 +83,8 @@ struct Round {
 pub(super) struct Paths {
     current: Option<Path>,
     relay: Option<Path>,
-    candidates: Vec<Candidate>,
-    probes: VecDeque<(u64, SocketAddr, Instant)>,
+    pub(super) candidates: Candidates,
+    probes: VecDeque<(u64, Way, Instant)>,
     round: Option<Round>,
     failed_rounds: usize,
     next_round: Option<Instant>,
@@ -97,16 +96,6 @@ pub(super) struct Paths {
     suspect: bool,
     last_good: Option<SocketAddr>,
     called: Option<Instant>,
-}
-
-/// LAN, IPv6, IPv4; lower is better.
-fn rank(address: SocketAddr) -> u8 {
-    match address.ip() {
-        IpAddr::V4(ip) if ip.is_private() || ip.is_link_local() => 0,
-        IpAddr::V6(ip) if ip.is_unique_local() || ip.is_unicast_link_local() => 0,
-        IpAddr::V6(_) => 1,
-        IpAddr::V4(_) => 2,
-    }
 }
 
 impl Paths {
@@ -126,7 +115,7 @@ impl Paths {
     /// A cached address, of the snapshot or of a beacon.
     pub(super) fn remember(&mut self, address: SocketAddr) {
         self.last_good = Some(address);
-        self.learn(address);
+        self.candidates.learn_address(address);
     }
 
     /// The relay path, or that there is none any more. True where data has a path now that had none.
@@ -143,14 +132,11 @@ impl Paths {
     /// held for direct is of the time before the peer's restart.
     pub(super) fn confirmed(&mut self, now: Instant, path: Path) {
         match path {
-            Path::Direct(address) => {
-                self.learn(address);
-                if let Some(candidate) = self.candidates.iter_mut().find(|c| c.address == address) {
-                    candidate.proven = Some(now);
-                }
+            Path::Direct(way) => {
+                self.candidates.prove(now, way, None);
                 if self.current.is_none_or(Path::is_relay) {
                     self.current = Some(path);
-                    self.last_good = Some(address);
+                    self.last_good = Some(way.remote);
                     self.next_ping = Some(now + PING_BUSY);
                 }
             }
@@ -171,39 +157,44 @@ impl Paths {
         self.relay
     }
 
-    fn learn(&mut self, address: SocketAddr) -> bool {
-        if self.candidates.iter().any(|c| c.address == address) {
-            return false;
+    /// The way that the data takes now, where it takes no relay's.
+    fn direct(&self) -> Option<Way> {
+        match self.current {
+            Some(Path::Direct(way)) => Some(way),
+            Some(Path::Relay { .. }) | None => None,
         }
-        if self.candidates.len() >= CANDIDATES_MAX {
-            let keep = self.current;
-            // The least useful goes: never proven, or proven longest ago.
-            let worst = self.candidates.iter().enumerate().filter(|(_, c)| keep != Some(Path::Direct(c.address)));
-            if let Some((at, _)) = worst.min_by_key(|(_, c)| c.proven) {
-                self.candidates.swap_remove(at);
-            }
-        }
-        self.candidates.push(Candidate { address, rtt: None, proven: None });
-        true
     }
 
     /// The peer's own list, by CALL_ME_MAYBE: replaces what was never proven.
     pub(super) fn called(&mut self, now: Instant, asks: bool, list: &[SocketAddr], out: &mut Vec<Do>) {
-        let (current, good) = (self.current, self.last_good);
-        self.candidates.retain(|c| {
-            list.contains(&c.address)
-                || current == Some(Path::Direct(c.address))
-                || good == Some(c.address)
-                || c.proven.is_some()
-        });
-        let fresh = list.iter().filter(|a| self.learn(**a)).count();
-        if fresh > 0 {
+        if self.candidates.called(list, self.direct(), self.last_good) > 0 {
             self.failed_rounds = 0;
         }
         if asks {
             out.push(Do::CallMeMaybe { asks: false });
         }
         self.start_round(now);
+    }
+
+    /// Our uplinks are others now: what went by one that is gone goes by the relay too until another is proven.
+    pub(super) fn relinked(&mut self, now: Instant, out: &mut Vec<Do>) {
+        self.candidates.relink();
+        let gone = self.direct().is_some_and(|way| !self.candidates.uplinks.has(way));
+        if gone && !self.suspect {
+            self.doubt(now, true, out);
+        }
+    }
+
+    /// From here on only a new PONG proves the path, and the relay carries what it carries.
+    fn doubt(&mut self, now: Instant, tell: bool, out: &mut Vec<Do>) {
+        if let Some(way) = self.direct() {
+            self.candidates.disprove(way);
+        }
+        self.suspect = true;
+        self.silent_since.get_or_insert(now);
+        if self.relay.is_some() {
+            out.push(Do::Suspect { tell });
+        }
     }
 
     /// Something changed at our end, or the peer is needed: look for a path now.
@@ -216,6 +207,11 @@ impl Paths {
         self.start_round(now);
     }
 
+    /// What was called last does not hold any more.
+    pub(super) fn tell_again(&mut self) {
+        self.called = None;
+    }
+
     fn start_round(&mut self, now: Instant) {
         // A round that has just begun serves as well.
         if self.round.as_ref().is_none_or(|r| now >= r.start + SCHEDULE[2]) {
@@ -224,7 +220,7 @@ impl Paths {
         self.next_round = None;
     }
 
-    fn ping(&mut self, now: Instant, to: SocketAddr, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+    fn ping(&mut self, now: Instant, to: Way, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
         let txid = rng.u64(..);
         if self.probes.len() >= PROBES_MAX {
             self.probes.pop_front();
@@ -234,15 +230,14 @@ impl Paths {
     }
 
     /// A QUIC datagram, or a PING, came from this address.
-    pub(super) fn came_from(&mut self, now: Instant, from: SocketAddr, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
+    pub(super) fn came_from(&mut self, now: Instant, from: Way, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
         if self.current == Some(Path::Direct(from)) {
             self.alive(out);
             return;
         }
-        self.learn(from);
-        let asked = |p: &(u64, SocketAddr, Instant)| p.1 == from && now < p.2 + SCHEDULE[1];
-        let proven = |c: &Candidate| c.address == from && c.proven.is_some_and(|at| now < at + SUSPECT_AFTER);
-        if !self.probes.iter().any(asked) && !self.candidates.iter().any(proven) {
+        self.candidates.learn(from, self.direct());
+        let asked = |p: &(u64, Way, Instant)| p.1 == from && now < p.2 + SCHEDULE[1];
+        if !self.probes.iter().any(asked) && !self.candidates.proven_since(now, from, SUSPECT_AFTER) {
             self.ping(now, from, rng, out);
         }
     }
@@ -255,45 +250,32 @@ impl Paths {
     }
 
     /// The transaction ID cannot be guessed: the path is proven.
-    pub(super) fn ponged(&mut self, now: Instant, txid: u64, out: &mut Vec<Do>) -> Option<SocketAddr> {
+    pub(super) fn ponged(&mut self, now: Instant, txid: u64, out: &mut Vec<Do>) -> Option<Way> {
         let at = self.probes.iter().position(|p| p.0 == txid)?;
-        let (_, address, sent) = self.probes.remove(at)?;
-        let rtt = now.saturating_duration_since(sent);
-        self.learn(address);
-        let candidate = self.candidates.iter_mut().find(|c| c.address == address)?;
-        candidate.rtt = Some(candidate.rtt.map_or(rtt, |old| if rtt < old { rtt } else { (old * 7 + rtt) / 8 }));
-        candidate.proven = Some(now);
-        if self.current == Some(Path::Direct(address)) {
+        let (_, way, sent) = self.probes.remove(at)?;
+        self.candidates.prove(now, way, Some(now.saturating_duration_since(sent)));
+        if self.current == Some(Path::Direct(way)) {
             self.alive(out);
-            self.last_good = Some(address);
+            self.last_good = Some(way.remote);
             self.failed_rounds = 0;
         }
         self.choose(now, out);
-        Some(address)
+        Some(way)
     }
 
     fn choose(&mut self, now: Instant, out: &mut Vec<Do>) {
-        let proven = self.candidates.iter().filter(|c| c.proven.is_some_and(|at| now < at + PROOF));
-        let key = |c: &Candidate| (rank(c.address), c.rtt.unwrap_or(PROOF));
-        let Some(best) = proven.min_by_key(|c| key(c)) else { return };
-        let (address, (best_rank, best_rtt)) = (best.address, key(best));
-        let better = match self.current {
-            None | Some(Path::Relay { .. }) => true,
-            Some(Path::Direct(now_at)) if now_at == address => false,
-            Some(Path::Direct(_)) if self.suspect => true,
-            Some(Path::Direct(now_at)) => {
-                let old = self.candidates.iter().find(|c| c.address == now_at);
-                let old = old.filter(|c| c.proven.is_some_and(|at| now < at + PROOF)).and_then(|c| c.rtt);
-                let faster = old.is_none_or(|old| best_rtt + BETTER.max(old / 10) < old);
-                best_rank < rank(now_at) || best_rank == rank(now_at) && faster
-            }
+        let dead = self.direct().filter(|_| self.suspect);
+        let Some(best) = self.candidates.best(now, dead) else { return };
+        let better = match self.direct() {
+            Some(way) => way != best && (self.suspect || self.candidates.beats(now, best, way)),
+            None => true,
         };
         if better {
-            self.current = Some(Path::Direct(address));
+            self.current = Some(Path::Direct(best));
             (self.suspect, self.silent_since) = (false, None);
-            (self.last_good, self.failed_rounds) = (Some(address), 0);
+            (self.last_good, self.failed_rounds) = (Some(best.remote), 0);
             self.next_ping = Some(now + PING_BUSY);
-            out.push(Do::Switch(Path::Direct(address)));
+            out.push(Do::Switch(Path::Direct(best)));
         }
     }
 
@@ -318,9 +300,7 @@ impl Paths {
     /// The peer says that what we send directly does not arrive.
     pub(super) fn path_down(&mut self, now: Instant, out: &mut Vec<Do>) {
         if matches!(self.current, Some(Path::Direct(_))) && !self.suspect && self.relay.is_some() {
-            self.suspect = true;
-            self.silent_since.get_or_insert(now);
-            out.push(Do::Suspect);
+            self.doubt(now, false, out);
         }
     }
 
@@ -362,10 +342,7 @@ impl Paths {
             }
             self.seek(now, out);
         } else if now >= since + SUSPECT_AFTER && !self.suspect {
-            self.suspect = true;
-            if self.relay.is_some() {
-                out.push(Do::Suspect);
-            }
+            self.doubt(now, true, out);
             self.seek(now, out);
         }
     }
@@ -378,17 +355,20 @@ impl Paths {
             while SCHEDULE.get(sent).is_some_and(|gap| start + *gap <= now) {
                 sent += 1;
             }
-            let to: Vec<SocketAddr> = self.candidates.iter().map(|c| c.address).collect();
-            to.into_iter().for_each(|to| self.ping(now, to, rng, out));
+            self.candidates.ways().into_iter().for_each(|to| self.ping(now, to, rng, out));
             self.round = Some(Round { start, sent });
         }
         if now >= start + SCHEDULE[SCHEDULE.len() - 1] + ROUND_TAIL {
             self.round = None;
-            if !matches!(self.current, Some(Path::Direct(_))) {
-                let gap = ROUND_GAPS[self.failed_rounds.min(ROUND_GAPS.len() - 1)];
-                self.failed_rounds += 1;
-                self.next_round = Some(now + gap);
-            }
+            self.next_round = match self.direct().map(|way| self.candidates.above(way)) {
+                None => {
+                    self.failed_rounds += 1;
+                    Some(now + ROUND_GAPS[self.failed_rounds.min(ROUND_GAPS.len()) - 1])
+                }
+                Some((_, true)) => Some(now + BY_UPLINK),
+                Some((true, false)) => Some(now + BY_RANK),
+                Some((false, false)) => None,
+            };
         }
     }
 
@@ -448,9 +428,10 @@ mod tests {
             all
         }
 
-        fn direct(&mut self, address: &str) -> SocketAddr {
-            let (address, mut out) = (address.parse().unwrap(), Vec::new());
-            self.paths.called(self.now, false, &[address], &mut out);
+        fn direct(&mut self, address: &str) -> Way {
+            let (remote, mut out) = (address.parse().unwrap(), Vec::new());
+            self.paths.called(self.now, false, &[remote], &mut out);
+            let address = Way::from(remote);
             let pings = self.run(SCHEDULE[1]);
             let txid = pings.iter().find_map(|(_, d)| match d {
                 Do::Ping { to, txid } if *to == address => Some(*txid),
@@ -466,7 +447,7 @@ mod tests {
     #[test]
     fn a_round_pings_each_candidate_at_the_times_of_the_schedule() {
         let mut m = Machine::new();
-        let list = ["11.0.0.1:5".parse().unwrap(), "192.168.1.2:5".parse().unwrap()];
+        let list: [SocketAddr; 2] = ["11.0.0.1:5".parse().unwrap(), "192.168.1.2:5".parse().unwrap()];
         let mut out = Vec::new();
         m.paths.called(m.now, true, &list, &mut out);
         assert_eq!(out, [Do::CallMeMaybe { asks: false }]);
@@ -474,7 +455,7 @@ mod tests {
         for address in list {
             let times: Vec<Duration> = pings
                 .iter()
-                .filter(|(_, d)| matches!(d, Do::Ping { to, .. } if *to == address))
+                .filter(|(_, d)| matches!(d, Do::Ping { to, .. } if *to == address.into()))
                 .map(|(t, _)| *t)
                 .collect();
             assert_eq!(times, SCHEDULE);
@@ -501,9 +482,12 @@ mod tests {
         let mut m = Machine::new();
         m.direct("11.0.0.1:5");
         m.paths.sent(m.now);
-        let said: Vec<(Duration, Do)> =
-            m.run(4 * SEC).into_iter().filter(|(_, d)| matches!(d, Do::Suspect | Do::Switch(_) | Do::Trust)).collect();
-        assert_eq!(said, [(SEC, Do::Suspect), (3 * SEC, Do::Switch(RELAY))]);
+        let said: Vec<(Duration, Do)> = m
+            .run(4 * SEC)
+            .into_iter()
+            .filter(|(_, d)| matches!(d, Do::Suspect { .. } | Do::Switch(_) | Do::Trust))
+            .collect();
+        assert_eq!(said, [(SEC, Do::Suspect { tell: true }), (3 * SEC, Do::Switch(RELAY))]);
 
         let mut m = Machine::new();
         let address = m.direct("11.0.0.1:5");
@@ -521,7 +505,8 @@ mod tests {
         m.direct("11.0.0.1:5");
         let lan = m.direct("192.168.1.2:5");
         let mut out = Vec::new();
-        m.paths.came_from(m.now, "11.0.0.1:6".parse().unwrap(), &mut m.rng, &mut out);
+        let other: SocketAddr = "11.0.0.1:6".parse().unwrap();
+        m.paths.came_from(m.now, other.into(), &mut m.rng, &mut out);
         let Some(Do::Ping { txid, .. }) = out.first().copied() else { panic!() };
         m.paths.ponged(m.now, txid, &mut out);
         assert_eq!(m.paths.current(), Some(Path::Direct(lan)));

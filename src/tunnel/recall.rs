@@ -13,6 +13,11 @@ pub struct Remembered {
     pub address: SocketAddr,
 }
 
+/// An address of a link says nothing without the interface, and that may have another number after a restart.
+fn lasts(at: SocketAddr) -> bool {
+    !matches!(at, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local())
+}
+
 impl Node {
     /// Takes in what was known before a restart; nothing of it is trusted before it is used. Those beyond 1,000 are
     /// left out.
@@ -28,7 +33,9 @@ impl Node {
         let now = self.unix();
         let mut all = BTreeMap::new();
         for peer in self.peers.iter() {
-            if let (Some(certificate), Some(address)) = (&peer.certificate, peer.paths.last_good()) {
+            if let (Some(certificate), Some(address)) =
+                (&peer.certificate, peer.paths.last_good().filter(|at| lasts(*at)))
+            {
                 all.insert(peer.name.clone(), Remembered { certificate: certificate.clone(), address });
             }
         }

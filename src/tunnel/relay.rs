@@ -1,55 +1,43 @@
 //! The relay: nodes register by one handshake, then exchange datagrams by flows. It never sees plain text
 //! and forwards between registered nodes only, so it is no open proxy.
 
+mod directory;
+mod flows;
+mod members;
+
 use super::{
-    control::{Channel, Control, bare, parse_header},
+    control::{Channel, Control, Rank, bare, parse_header},
     frame::{parse_data, retag},
-    identity::Certificate,
+    identity::{Certificate, Roles},
     keys::{Key, derive},
     outbox::Outbox,
 };
 use crate::metrics::{TunnelCounters, add, bump};
-use lru::LruCache;
+use directory::{Directory, Kept};
+use flows::Flows;
+use members::{Id, Member, Members};
 use siphasher::sip::SipHasher24;
 use std::{
-    collections::HashMap,
     hash::Hasher,
     net::SocketAddr,
-    num::NonZeroUsize,
     time::{Duration, Instant},
 };
 
-/// Registered nodes; when full the longest silent one goes.
-const NODES_MAX: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
-/// Flows between them; when full the longest unused one goes, and its ends ask for a new one.
-const FLOWS_MAX: NonZeroUsize = NonZeroUsize::new(16_384).unwrap();
-/// A node pings at least each 25 s; three lost pings and some slack.
-const SILENCE_MAX: Duration = Duration::from_secs(90);
 /// "Your registration is gone" is said at most so often in a second, to all together.
 const GONE_PER_SECOND: u32 = 200;
 /// Between challenges to one registration.
 const CHALLENGE_GAP: Duration = Duration::from_millis(200);
 
-struct Registration {
-    certificate: Box<Certificate>,
-    channel: Channel,
-    address: SocketAddr,
-    /// A new source address that has not yet answered.
-    candidate: Option<(SocketAddr, u64, Instant)>,
-    heard: Instant,
-}
-
-#[derive(Clone, Copy)]
-struct Flow {
-    ends: [u64; 2],
-}
+/// Nodes come back to a restarted relay at some time within this, and…
+const RESTART_LEAST: Duration = Duration::from_secs(1);
+/// …this for each of them: a handshake costs about a millisecond, and there is other work.
+const RESTART_EACH: Duration = Duration::from_millis(5);
 
 /// See the module.
 pub(super) struct Relay {
-    nodes: LruCache<u64, Registration>,
-    by_name: HashMap<String, u64>,
-    flows: LruCache<u32, Flow>,
-    pairs: HashMap<[u64; 2], u32>,
+    members: Members,
+    flows: Flows,
+    directory: Directory,
     cookie_key: [u8; 16],
     gone_budget: (Instant, u32),
     rng: fastrand::Rng,
@@ -68,10 +56,9 @@ impl Relay {
         let mut cookie_key = [0; 16];
         cookie_key.copy_from_slice(&derive(root, b"relay cookie", b"").0[..16]);
         Self {
-            nodes: LruCache::unbounded(),
-            by_name: HashMap::new(),
-            flows: LruCache::unbounded(),
-            pairs: HashMap::new(),
+            members: Members::new(),
+            flows: Flows::new(),
+            directory: Directory::default(),
             cookie_key,
             gone_budget: (now, GONE_PER_SECOND),
             rng,
@@ -79,7 +66,7 @@ impl Relay {
     }
 
     pub(super) fn load(&self) -> RelayLoad {
-        RelayLoad { nodes: self.nodes.len(), flows: self.flows.len() }
+        RelayLoad { nodes: self.members.len(), flows: self.flows.len() }
     }
 
     fn cookie(&self, registration: u64) -> u64 {
@@ -92,46 +79,20 @@ impl Relay {
     pub(super) fn register(&mut self, now: Instant, certificate: Certificate, secret: &Key, address: SocketAddr) {
         let mut channel = Channel::new(secret, true, 0);
         channel.cookie = self.cookie(channel.registration);
-        let id = channel.registration;
-        if let Some(old) = self.by_name.insert(certificate.name.clone(), id) {
-            self.forget(old);
-        }
         log::info!(target: "relay", "{} registered from {address}", certificate.name);
         let certificate = Box::new(certificate);
-        self.nodes.put(id, Registration { certificate, channel, address, candidate: None, heard: now });
-        while self.nodes.len() > NODES_MAX.get() {
-            let Some((_, gone)) = self.nodes.pop_lru() else { break };
-            self.unname(&gone);
-        }
-    }
-
-    fn unname(&mut self, gone: &Registration) {
-        if self.by_name.get(&gone.certificate.name) == Some(&gone.channel.registration) {
-            self.by_name.remove(&gone.certificate.name);
-        }
-    }
-
-    /// Its flows stay until used or pushed out: each use checks both ends.
-    fn forget(&mut self, id: u64) {
-        if let Some(gone) = self.nodes.pop(&id) {
-            self.unname(&gone);
-        }
+        // Until it says otherwise.
+        let (rank, kept) = (Rank::Standby, Kept::default());
+        self.members.put(Member { certificate, channel, address, candidate: None, heard: now, rank, kept });
     }
 
     /// When `handle_timeout` is next of use.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        self.nodes.peek_lru().map(|(_, node)| node.heard + SILENCE_MAX)
+        self.members.poll_timeout()
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant) {
-        while let Some((id, node)) = self.nodes.peek_lru() {
-            if node.heard + SILENCE_MAX > now {
-                break;
-            }
-            let (id, name) = (*id, node.certificate.name.clone());
-            log::info!(target: "relay", "{name} is silent: registration ended");
-            self.forget(id);
-        }
+        self.members.handle_timeout(now);
     }
 
     pub(super) fn handle_control(
@@ -143,30 +104,40 @@ impl Relay {
         count: &TunnelCounters,
     ) {
         let Some(header) = parse_header(frame) else { return bump(&count.control_rejects) };
-        let Some(node) = self.nodes.get_mut(&header.registration) else {
+        let found = self.members.registered(header.registration).and_then(|id| Some((id, self.members.get_mut(id)?)));
+        let Some((id, node)) = found else {
             return self.say_gone(now, from, header.registration, header.cookie, frame.len(), out, count);
         };
         let Some(message) = node.channel.open(frame) else { return bump(&count.control_rejects) };
         node.heard = now;
         if let Control::Answer { token } = message {
-            if let Some((address, _, _)) =
-                node.candidate.filter(|(address, expected, _)| *address == from && *expected == token)
-            {
-                log::info!(target: "relay", "{} moved from {} to {address}", node.certificate.name, node.address);
-                node.address = address;
-                node.candidate = None;
+            if node.candidate.take_if(|(address, expected, _)| *address == from && *expected == token).is_some() {
+                log::info!(target: "relay", "{} moved from {} to {from}", node.certificate.name, node.address);
+                self.members.moved(id, from);
             }
             return;
         }
-        self.challenge(now, header.registration, from, out);
-        let Some(node) = self.nodes.get_mut(&header.registration) else { return };
+        self.challenge(now, id, from, out);
         let reply = match message {
-            Control::Ping { nonce } => Some(Control::Pong { nonce, observed: from }),
-            Control::Open { request, name } => Some(self.open(request, header.registration, &name, out, count)),
-            Control::Who { flow } => Some(self.who(flow, header.registration)),
+            Control::Ping { nonce } => {
+                let serial = self.members.get(id).map_or(0, |n| n.kept.serial);
+                Some(Control::Pong { nonce, observed: from, serial, load: self.members.firsts() })
+            }
+            Control::Open { request, name } => Some(self.open(request, id, &name, out, count)),
+            Control::Who { flow } => Some(self.who(flow, id)),
+            Control::Enter { rank, entry } => {
+                self.members.ranked(id, rank);
+                if let Some(node) = self.members.get_mut(id) {
+                    self.directory.keep(&mut node.kept, *entry);
+                }
+                None
+            }
+            Control::Which { name } => self.which(&name),
             Control::Bye => {
-                log::info!(target: "relay", "{} left", node.certificate.name);
-                self.forget(header.registration);
+                if let Some(node) = self.members.get(id) {
+                    log::info!(target: "relay", "{} left", node.certificate.name);
+                }
+                self.members.remove(id);
                 None
             }
             Control::Pong { .. }
@@ -175,17 +146,24 @@ impl Relay {
             | Control::Flow { .. }
             | Control::Challenge { .. }
             | Control::Answer { .. }
+            | Control::Elsewhere { .. }
+            | Control::Restarting { .. }
+            | Control::Known { .. }
             | Control::Gone { .. } => {
                 bump(&count.control_rejects);
                 None
             }
         };
-        if let (Some(reply), Some(node)) = (reply, self.nodes.get_mut(&header.registration)) {
+        if let Some(reply) = reply {
             // To where it came from: that is what a PONG proves, and no longer than the question by much.
-            let frame = node.channel.seal(&reply);
-            if !out.push(from, frame) {
-                bump(&count.relay_drops);
-            }
+            self.tell(id, from, &reply, out, count);
+        }
+    }
+
+    fn tell(&mut self, id: Id, to: SocketAddr, message: &Control, out: &mut Outbox, count: &TunnelCounters) {
+        let Some(node) = self.members.get_mut(id) else { return };
+        if !out.push(to, node.channel.seal(message)) {
+            bump(&count.relay_drops);
         }
     }
 
@@ -213,9 +191,9 @@ impl Relay {
     }
 
     /// Data goes to a new address only after it was shown that the node receives there.
-    fn challenge(&mut self, now: Instant, id: u64, from: SocketAddr, out: &mut Outbox) {
+    fn challenge(&mut self, now: Instant, id: Id, from: SocketAddr, out: &mut Outbox) {
         let token = self.rng.u64(..);
-        let Some(node) = self.nodes.get_mut(&id).filter(|n| n.address != from) else { return };
+        let Some(node) = self.members.get_mut(id).filter(|n| n.address != from) else { return };
         let token = match node.candidate {
             Some((_, _, at)) if now < at + CHALLENGE_GAP => return,
             Some((address, token, _)) if address == from => token,
@@ -226,50 +204,39 @@ impl Relay {
         let _ = out.push(from, frame);
     }
 
-    fn open(&mut self, request: u32, from: u64, name: &str, out: &mut Outbox, count: &TunnelCounters) -> Control {
-        let Some(to) = self.by_name.get(name).copied().filter(|to| *to != from) else {
-            return Control::NotFound { request };
-        };
-        let mut pair = [from, to];
-        pair.sort_unstable();
-        let flow = self.pairs.get(&pair).copied().unwrap_or_else(|| self.new_flow(pair));
-        self.flows.promote(&flow);
-        let Some(certificate) = self.nodes.peek(&from).map(|n| n.certificate.clone()) else {
-            return Control::NotFound { request };
-        };
-        let Some(far) = self.nodes.peek_mut(&to) else { return Control::NotFound { request } };
-        let frame = far.channel.seal(&Control::Flow { flow, certificate });
-        if !out.push(far.address, frame) {
-            bump(&count.relay_drops);
+    fn open(&mut self, request: u32, from: Id, name: &str, out: &mut Outbox, count: &TunnelCounters) -> Control {
+        let to = self.members.named(name).filter(|to| *to != from);
+        let ends = to.and_then(|to| Some((to, self.members.get(from)?, self.members.get(to)?)));
+        let Some((to, near, far)) = ends else { return Control::NotFound { request } };
+        if let (Rank::Listed, Some(entry)) = (far.rank, far.kept.entry()) {
+            return Control::Elsewhere { request, certificate: far.certificate.clone(), entry };
         }
-        Control::Opened { request, flow, certificate: far.certificate.clone() }
+        let (ours, theirs, address) = (near.certificate.clone(), far.certificate.clone(), far.address);
+        let flow = self.flows.between(from, to, &mut self.rng);
+        self.tell(to, address, &Control::Flow { flow, certificate: ours }, out, count);
+        Control::Opened { request, flow, certificate: theirs }
     }
 
-    fn new_flow(&mut self, pair: [u64; 2]) -> u32 {
-        let flow = loop {
-            let flow = self.rng.u32(1..);
-            if !self.flows.contains(&flow) {
-                break flow;
-            }
-        };
-        self.flows.put(flow, Flow { ends: pair });
-        self.pairs.insert(pair, flow);
-        while self.flows.len() > FLOWS_MAX.get() {
-            let Some((_, gone)) = self.flows.pop_lru() else { break };
-            self.pairs.remove(&gone.ends);
-        }
-        flow
-    }
-
-    fn who(&self, flow: u32, asks: u64) -> Control {
-        let far = self.flows.peek(&flow).and_then(|f| match f.ends {
-            [a, b] if a == asks => Some(b),
-            [a, b] if b == asks => Some(a),
-            [_, _] => None,
-        });
-        match far.and_then(|far| self.nodes.peek(&far)) {
+    fn who(&self, flow: u32, asks: Id) -> Control {
+        match self.flows.far(flow, asks).and_then(|far| self.members.get(far)) {
             Some(node) => Control::Flow { flow, certificate: node.certificate.clone() },
             None => Control::Gone { flow },
+        }
+    }
+
+    /// The certificate with which a relay registered here last.
+    fn which(&self, name: &str) -> Option<Control> {
+        let node = self.members.get(self.members.named(name)?)?;
+        let relay = node.certificate.roles.contains(Roles::RELAY);
+        relay.then(|| Control::Known { certificate: node.certificate.clone() })
+    }
+
+    /// All nodes are told that we are leaving and will be back; they come back one after the other.
+    pub(super) fn say_restarting(&mut self, out: &mut Outbox) {
+        let spread = RESTART_LEAST + RESTART_EACH * self.members.len() as u32;
+        let message = Control::Restarting { spread: spread.as_millis() as u32 };
+        for node in self.members.iter_mut() {
+            let _ = out.push(node.address, node.channel.seal(&message));
         }
     }
 
@@ -310,36 +277,48 @@ impl Relay {
         out: &mut Outbox,
         count: &TunnelCounters,
     ) -> Option<(u32, SocketAddr)> {
-        let found = parse_data(frame).and_then(|(flow, tag, datagram)| {
-            let ends = self.flows.get(&flow)?.ends;
-            // The sender is whose tag it is; its address says which to try first.
-            let first = usize::from(self.nodes.peek(&ends[0]).is_none_or(|n| n.address != from));
-            let sender = [first, 1 - first]
-                .into_iter()
-                .find(|i| self.nodes.peek(&ends[*i]).is_some_and(|n| n.channel.tag_in.tag(flow, datagram) == tag))?;
-            let (near, far) = (ends[sender], ends[1 - sender]);
-            let tag = self.nodes.peek(&far).map(|n| (n.channel.tag_out.tag(flow, datagram), n.address));
-            Some((flow, near, tag))
-        });
-        let Some((flow, near, far)) = found else {
+        let Some((flow, tag, datagram)) = parse_data(frame) else {
             bump(&count.relay_rejects);
             return None;
         };
-        let node = self.nodes.get_mut(&near)?;
-        node.heard = now;
-        let Some((tag, to)) = far else {
-            let frame = node.channel.seal(&Control::Gone { flow });
-            let _ = out.push(from, frame);
-            if let Some(gone) = self.flows.pop(&flow) {
-                self.pairs.remove(&gone.ends);
-            }
+        let signs = |id: Id| self.members.get(id).is_some_and(|n| n.channel.tag_in.tag(flow, datagram) == tag);
+        // The sender is whose tag it is; its address says which to try first.
+        let guess = self.members.at(from);
+        let Some(ends) = self.flows.ends(flow) else {
+            return self.unknown_flow(guess.filter(|id| signs(*id)), from, flow, out, count);
+        };
+        let first = usize::from(guess == Some(ends[1]));
+        let Some(sender) = [first, 1 - first].into_iter().find(|i| signs(ends[*i])) else {
+            bump(&count.relay_rejects);
             return None;
         };
+        let (near, far) = (ends[sender], ends[1 - sender]);
+        let far = self.members.get(far).map(|n| (n.channel.tag_out.tag(flow, datagram), n.address));
+        let Some((tag, to)) = far else {
+            self.flows.remove(flow);
+            return self.unknown_flow(Some(near), from, flow, out, count);
+        };
+        let node = self.members.get_mut(near)?;
+        node.heard = now;
         if node.address != from {
             self.challenge(now, near, from, out);
         }
         retag(frame, tag);
         Some((flow, to))
+    }
+
+    /// Whoever has proved to be a node is told that its flow is none, each time: the word may be lost.
+    fn unknown_flow(
+        &mut self,
+        sender: Option<Id>,
+        from: SocketAddr,
+        flow: u32,
+        out: &mut Outbox,
+        count: &TunnelCounters,
+    ) -> Option<(u32, SocketAddr)> {
+        bump(&count.relay_rejects);
+        self.tell(sender?, from, &Control::Gone { flow }, out, count);
+        None
     }
 }
 

@@ -1,9 +1,9 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::OnLink, path::Path, windows::Windows};
+use super::{congestion::OnLink, node::KEEPALIVE, path::Path, windows::Windows};
 use quinn_proto::{Connection, ConnectionHandle, StreamId};
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     sync::atomic::Ordering,
     time::Instant,
@@ -11,8 +11,10 @@ use std::{
 
 /// Datagrams of no slot; never a connection.
 pub(super) const STRANGER: u32 = 0;
-/// Live connections and handshakes; more are not accepted, and dials fail. 14–20 kB each.
+/// Live connections, handshakes and what is closing; more are not accepted, and dials fail. 14–20 kB each.
 pub(super) const SLOTS_MAX: usize = 320;
+/// Live connections with peers; the one that was of no use for longest makes room for another.
+pub(super) const LIVE_MAX: usize = 256;
 /// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
 const RECENT_MAX: usize = 32;
 /// RFC 4193: a random prefix, never on any wire.
@@ -58,7 +60,8 @@ pub(super) struct Slot {
     pub(super) lost: bool,
     /// Our key of each stream.
     pub(super) streams: BTreeMap<StreamId, u32>,
-    pub(super) timeout: Option<Instant>,
+    /// For when it is on the list of timers; that may be too early, never too late.
+    timer: Option<Instant>,
     pub(super) dirty: bool,
     pub(super) tx_bytes: u64,
     pub(super) rx_bytes: u64,
@@ -71,6 +74,32 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    pub(super) fn new(now: Instant, begin: Begin) -> Self {
+        let Begin { made: (handle, conn), remote, role, path, first_dcid, terms: (windows, on_link) } = begin;
+        Self {
+            handle,
+            conn,
+            remote,
+            role,
+            path,
+            first_dcid,
+            peer: None,
+            born: now,
+            idle_since: now,
+            next_keepalive: now + KEEPALIVE,
+            lost: false,
+            streams: BTreeMap::new(),
+            timer: None,
+            dirty: false,
+            tx_bytes: 0,
+            rx_bytes: 0,
+            also: None,
+            recent: VecDeque::new(),
+            windows,
+            on_link,
+        }
+    }
+
     /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
@@ -92,17 +121,29 @@ impl Slot {
     }
 }
 
+/// What a new connection is made of.
+pub(super) struct Begin {
+    pub(super) made: (ConnectionHandle, Connection),
+    pub(super) remote: SocketAddr,
+    pub(super) role: Role,
+    pub(super) path: Path,
+    /// Of the Initial that we accept.
+    pub(super) first_dcid: Vec<u8>,
+    pub(super) terms: (Windows, OnLink),
+}
+
 /// A small slab: indices are stable and start behind [`STRANGER`].
 #[derive(Default)]
 pub(super) struct Slots {
     list: Vec<Option<Box<Slot>>>,
-    live: usize,
+    taken: usize,
+    timers: BTreeSet<(Instant, u32)>,
 }
 
 impl Slots {
     /// The index that [`Slots::insert`] will use; None when full.
     pub(super) fn vacant(&self) -> Option<u32> {
-        if self.live >= SLOTS_MAX {
+        if self.taken >= SLOTS_MAX {
             return None;
         }
         let at = self.list.iter().position(Option::is_none).unwrap_or(self.list.len());
@@ -115,13 +156,52 @@ impl Slots {
             self.list.resize_with(at + 1, || None);
         }
         self.list[at] = Some(Box::new(slot));
-        self.live += 1;
+        self.taken += 1;
+    }
+
+    /// There is something to do for this connection at that time, at the latest.
+    pub(super) fn wake(&mut self, index: u32, at: Option<Instant>) {
+        let (Some(slot), Some(at)) = (self.list.get_mut(index as usize - 1).and_then(|s| s.as_deref_mut()), at) else {
+            return;
+        };
+        if slot.timer.is_none_or(|old| at < old) {
+            if let Some(old) = slot.timer.replace(at) {
+                self.timers.remove(&(old, index));
+            }
+            self.timers.insert((at, index));
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// Those that are due, and maybe some that are not any more; they need to be woken again.
+    pub(super) fn due(&mut self, now: Instant) -> Vec<u32> {
+        let mut due = Vec::new();
+        while self.poll_timeout().is_some_and(|at| at <= now) {
+            let Some((_, index)) = self.timers.pop_first() else { break };
+            if let Some(slot) = self.get_mut(index) {
+                slot.timer = None;
+            }
+            due.push(index);
+        }
+        due
+    }
+
+    /// Connections with peers, but those that are closing.
+    pub(super) fn live(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        self.iter().filter(|(_, s)| s.peer.is_some() && !s.lost)
     }
 
     pub(super) fn remove(&mut self, index: u32) -> Option<Box<Slot>> {
         let slot = self.list.get_mut((index as usize).checked_sub(1)?)?.take();
-        self.live -= usize::from(slot.is_some());
-        slot
+        let slot = slot?;
+        self.taken -= 1;
+        if let Some(at) = slot.timer {
+            self.timers.remove(&(at, index));
+        }
+        Some(slot)
     }
 
     pub(super) fn get(&self, index: u32) -> Option<&Slot> {

@@ -386,6 +386,12 @@ impl Node {
         self.touch(index);
     }
 
+    /// Those of these streams whose OPEN has no answer yet get none.
+    pub(super) fn kill_unanswered(&mut self, mut keys: Vec<u32>, why: &str) {
+        keys.retain(|key| matches!(self.streams.get_mut(*key), Some(Stream { state: State::Asked { .. }, .. })));
+        self.kill_streams(keys, why);
+    }
+
     /// The connection of these streams is gone, or they never got one.
     pub(super) fn kill_streams(&mut self, keys: impl IntoIterator<Item = u32>, why: &str) {
         for key in keys {

@@ -1,13 +1,19 @@
 //! What the tunnel shows of itself.
 
-use super::{PeerView, RelayView, congestion::controller, disco::Mapping, node::Node, path::Path, peer::Peer};
+use super::{
+    PeerView, RelayView, congestion::controller, control::Rank, disco::Mapping, home::Shown, node::Node, path::Path,
+    peer::Peer,
+};
 use crate::carrier::address::is_made_up;
-use std::time::Instant;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
 
 impl Node {
     pub(super) fn describe(&self, path: Path) -> String {
         match path {
-            Path::Direct(address) => address.to_string(),
+            Path::Direct(way) => way.to_string(),
             Path::Relay { relay, .. } => {
                 format!("relay {}", self.homes.get(relay).map_or("?", |h| h.certificate.name.as_str()))
             }
@@ -45,7 +51,7 @@ impl Node {
     pub fn relay_views(&self) -> Vec<RelayView> {
         let view = |relay: usize| {
             let home = self.homes.get(relay)?;
-            let (registered, rtt, _, observed) = self.homes.view(relay);
+            let Shown { registered, rtt, observed, rank } = self.homes.shown(relay)?;
             Some(RelayView {
                 name: home.certificate.name.clone(),
                 address: home
@@ -55,7 +61,11 @@ impl Node {
                 registered,
                 rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
                 note: match observed {
-                    Some(address) if registered => format!("sees us as {address}"),
+                    Some(address) if registered => match rank {
+                        Rank::First => format!("sees us as {address}, the first choice"),
+                        Rank::Standby => format!("sees us as {address}, standing by"),
+                        Rank::Listed => format!("sees us as {address}"),
+                    },
                     _ if registered && home.by_tcp => "by TCP: it does not answer by UDP".into(),
                     _ => home.note.clone(),
                 },
@@ -73,6 +83,14 @@ impl Node {
             return "not direct yet: it has not said where it may be reached".into();
         }
         let tried = peer.paths.tried();
-        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}", self.mapping(), peer.mapping)
+        // Between two that have IPv6 there are firewalls at most, and those are punched through like NATs.
+        let global = |a: &SocketAddr| matches!(a.ip(), IpAddr::V6(ip) if !ip.is_unique_local());
+        let ipv6 = match (self.local.iter().any(global), peer.paths.candidates.have_ipv6()) {
+            (true, true) => "; IPv6 at both ends, and it does not pass",
+            (true, false) => "; IPv6 only here",
+            (false, true) => "; IPv6 only there",
+            (false, false) => "",
+        };
+        format!("not direct: {tried} addresses tried; ours: {}, theirs: {}{ipv6}", self.mapping(), peer.mapping)
     }
 }

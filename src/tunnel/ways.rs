@@ -5,12 +5,26 @@ use super::{
     identity::Certificate,
     lan::Link,
     node::{Node, Origin},
-    path::Path,
+    path::{Path, Way},
     peer::Peer,
+    predict::Ports,
     punch::Do,
 };
 use crate::metrics::bump;
-use std::{net::SocketAddr, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    time::Instant,
+};
+
+/// Where else than at our own addresses we may be reached.
+#[derive(Default)]
+pub(super) struct Reach {
+    /// Through the gateway, which was asked for it.
+    mapped: Option<SocketAddr>,
+    /// Through a NAT that gives ports one after the other.
+    ports: Ports,
+}
 
 impl Node {
     /// The interfaces' addresses and our port; a change makes every live peer look for a path anew.
@@ -19,11 +33,21 @@ impl Node {
         links.dedup();
         links.truncate(CANDIDATES_MAX);
         if self.lan.links != links {
-            self.local = links.iter().map(|link| SocketAddr::new(link.address, port)).collect();
+            let beyond_links = |ip: IpAddr| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+            let known = links.iter().map(|link| link.address).filter(|ip| beyond_links(*ip));
+            self.local = known.map(|ip| SocketAddr::new(ip, port)).collect();
             self.lan.links = links;
             self.lan.ask(now);
             self.due = Some(now);
             self.seek_all(now);
+        }
+    }
+
+    /// The gateway lets in at this address what is for us; None: not any more.
+    pub fn set_mapped(&mut self, now: Instant, mapped: Option<SocketAddr>) {
+        if self.reach.mapped != mapped {
+            self.reach.mapped = mapped;
+            self.tell_all(now);
         }
     }
 
@@ -32,21 +56,43 @@ impl Node {
         live.iter().for_each(|name| self.seek(now, name));
     }
 
+    /// Live peers hear where we may be reached, however lately they did.
+    pub(super) fn tell_all(&mut self, now: Instant) {
+        self.peers.iter_mut().for_each(|p| p.paths.tell_again());
+        self.seek_all(now);
+    }
+
     /// A NAT's mapping behaviour, as far as the relays can tell.
     pub(super) fn mapping(&self) -> Mapping {
-        let seen: Vec<SocketAddr> = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3).collect();
+        let mut seen: Vec<SocketAddr> =
+            (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed).collect();
+        if seen.iter().any(SocketAddr::is_ipv4) {
+            seen.retain(SocketAddr::is_ipv4); // one view of each family tells nothing
+        }
         match seen[..] {
             [] => Mapping::Unknown,
             _ if seen.iter().all(|a| self.local.contains(a)) => Mapping::None,
             [_] => Mapping::Unknown,
             [first, ..] if seen.iter().all(|a| *a == first) => Mapping::EndpointIndependent,
+            [..] if self.reach.ports.sequential() => Mapping::Sequential,
             [..] => Mapping::Dependent,
         }
     }
 
-    fn candidates(&self) -> Vec<SocketAddr> {
-        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.view(relay).3);
-        let mut all: Vec<SocketAddr> = seen.chain(self.local.iter().copied()).collect();
+    /// What a relay's word may change of what peers are told.
+    pub(super) fn seen_by(&self, relay: usize) -> (Option<SocketAddr>, Mapping) {
+        (self.homes.shown(relay).and_then(|shown| shown.observed), self.mapping())
+    }
+
+    /// Where a peer may reach us, what is likelier first.
+    fn candidates(&self, now: Instant, peer: &Peer) -> Vec<SocketAddr> {
+        let seen = (0..self.homes.len()).filter_map(|relay| self.homes.shown(relay)?.observed);
+        let mut all: Vec<SocketAddr> =
+            seen.chain(self.pilot.seen()).chain(self.reach.mapped).chain(self.local.iter().copied()).collect();
+        // Only to who has one mapping himself: else both would guess.
+        if peer.mapping == Mapping::EndpointIndependent && self.mapping() == Mapping::Sequential {
+            all.extend(self.reach.ports.next(now, &peer.paths.candidates.listed()));
+        }
         let mut unique = Vec::new();
         all.retain(|a| {
             !unique.contains(a) && {
@@ -70,9 +116,15 @@ impl Node {
     }
 
     /// Runs one step of a peer's path machine and does what it asks for.
-    fn with_paths(&mut self, now: Instant, name: &str, step: impl FnOnce(&mut Peer, &mut fastrand::Rng, &mut Vec<Do>)) {
+    pub(super) fn with_paths(
+        &mut self,
+        now: Instant,
+        name: &str,
+        step: impl FnOnce(&mut Peer, &mut fastrand::Rng, &mut Vec<Do>),
+    ) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         let mut out = Vec::new();
+        peer.paths.candidates.uplinks = Rc::clone(&self.uplinks);
         step(peer, &mut self.rng, &mut out);
         for errand in out {
             self.run_errand(now, name, errand);
@@ -81,18 +133,28 @@ impl Node {
 
     fn run_errand(&mut self, now: Instant, name: &str, errand: Do) {
         match errand {
-            Do::Ping { to, txid } => self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid }),
+            Do::Ping { to, txid } => {
+                if self.behind_nat(to) {
+                    self.reach.ports.sent(now, to.remote);
+                }
+                let preference = self.uplinks.preference(to) as u8;
+                self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid, preference });
+            }
             Do::CallMeMaybe { asks } => {
-                let message = Message::CallMeMaybe { asks, mapping: self.mapping(), candidates: self.candidates() };
-                let path = self.peers.get(name).and_then(|p| p.paths.relay().or_else(|| p.paths.current()));
-                if let Some(path) = path {
+                self.note_relays(now);
+                let Some(peer) = self.peers.get(name) else { return };
+                let (mapping, candidates) = (self.mapping(), self.candidates(now, peer));
+                let message = Message::CallMeMaybe { asks, mapping, candidates };
+                if let Some(path) = peer.paths.relay().or_else(|| peer.paths.current()) {
                     self.send_disco(now, name, path, &message);
                 }
             }
             Do::Switch(path) => self.switch(now, name, path),
-            Do::Suspect => {
+            Do::Suspect { tell } => {
                 let Some(relay) = self.peers.get(name).and_then(|p| p.paths.relay()) else { return };
-                self.send_disco(now, name, relay, &Message::PathDown);
+                if tell {
+                    self.send_disco(now, name, relay, &Message::PathDown);
+                }
                 for index in self.slots_of(name) {
                     let Some(slot) = self.slots.get_mut(index) else { continue };
                     slot.also = Some(relay);
@@ -110,7 +172,24 @@ impl Node {
         }
     }
 
-    fn slots_of(&self, name: &str) -> Vec<u32> {
+    /// Whether what goes this way passes the NAT that the relays see us behind.
+    fn behind_nat(&self, way: Way) -> bool {
+        let ours = way.local.is_none() || way.local == self.uplinks.source(way.remote.ip());
+        way.remote.is_ipv4() && ours && !self.lan.links.iter().any(|l| l.contains(way.remote.ip()))
+    }
+
+    fn note_relays(&mut self, now: Instant) {
+        for relay in 0..self.homes.len() {
+            let at = self.homes.get(relay).and_then(|h| h.address);
+            if let (Some(at), Some(seen)) = (at, self.homes.observed(relay))
+                && self.behind_nat(at.into())
+            {
+                self.reach.ports.seen(now, at, seen);
+            }
+        }
+    }
+
+    pub(super) fn slots_of(&self, name: &str) -> Vec<u32> {
         self.slots.iter().filter(|(_, s)| !s.lost && s.peer.as_deref() == Some(name)).map(|(index, _)| index).collect()
     }
 
@@ -161,14 +240,19 @@ impl Node {
         });
         let Some((name, message)) = opened else { return bump(&self.count.disco_rejects) };
         match (message, origin) {
-            (Message::Ping { txid }, Origin::Address(from)) => {
-                self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from });
-                self.with_paths(now, &name, |peer, rng, out| peer.paths.came_from(now, from, rng, out));
-            }
-            (Message::Pong { txid, .. }, Origin::Address(_)) => {
-                self.with_paths(now, &name, |peer, _, out| {
-                    peer.paths.ponged(now, txid, out);
+            (Message::Ping { txid, preference }, Origin::Address(from)) => {
+                self.send_disco(now, &name, Path::Direct(from), &Message::Pong { txid, observed: from.remote });
+                self.with_paths(now, &name, |peer, rng, out| {
+                    peer.paths.came_from(now, from, rng, out);
+                    peer.paths.candidates.prefer(from, preference);
                 });
+            }
+            (Message::Pong { txid, observed }, Origin::Address(_)) => {
+                let mut proven = None;
+                self.with_paths(now, &name, |peer, _, out| proven = peer.paths.ponged(now, txid, out));
+                if let Some(way) = proven.filter(|way| !way.is_lan() && self.behind_nat(*way)) {
+                    self.reach.ports.seen(now, way.remote, observed);
+                }
             }
             (Message::CallMeMaybe { asks, mapping, candidates }, _) => {
                 if let Some(peer) = self.peers.get_mut(&name) {
@@ -204,15 +288,10 @@ impl Node {
         }
     }
 
-    pub(super) fn path_timeout(&self) -> Option<Instant> {
-        self.peers.iter().filter_map(|p| p.paths.poll_timeout()).min()
-    }
-
-    pub(super) fn drive_paths(&mut self, now: Instant) {
-        let due = self.peers.iter().filter(|p| p.paths.poll_timeout().is_some_and(|at| at <= now));
-        let due: Vec<String> = due.map(|p| p.name.clone()).collect();
-        for name in due {
-            self.with_paths(now, &name, |peer, rng, out| peer.paths.handle_timeout(now, rng, out));
+    /// Of these peers some are due.
+    pub(super) fn drive_paths(&mut self, now: Instant, peers: &[Rc<str>]) {
+        for name in peers {
+            self.with_paths(now, name, |peer, rng, out| peer.paths.handle_timeout(now, rng, out));
         }
     }
 }

@@ -18,7 +18,8 @@ const SHARE: u64 = 16;
 /// The sizes of one profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
-    /// Of a stream: 20 Mbit/s at 300 ms are 750 kB.
+    /// Of a stream. 20 Mbit/s at 300 ms are 750 kB, and as much again comes before what was lost is sent again. A slow
+    /// reader may hold so much.
     pub(super) stream: u32,
     /// What every connection has, also where nothing is left of the budget.
     pub(super) floor: u32,
@@ -39,7 +40,7 @@ impl Limits {
                 Self { stream: 2 << 20, floor: 16 << 10, first: 256 << 10, most: 3 << 20, budget: 4 << 20 }
             }
             Profile::Server => {
-                Self { stream: 4 << 20, floor: 64 << 10, first: 512 << 10, most: 8 << 20, budget: 64 << 20 }
+                Self { stream: 2 << 20, floor: 64 << 10, first: 512 << 10, most: 8 << 20, budget: 64 << 20 }
             }
         }
     }
@@ -205,11 +206,16 @@ impl Windows {
         change
     }
 
+    /// Nothing was read or written for a while.
+    pub(super) fn quiet(&self, now: Instant) -> bool {
+        self.read + self.written == 0 && now >= self.used + QUIET
+    }
+
     /// Gives back what a quiet connection does not need. What the peer may send by old credit is not counted
     /// any more: its next reads pay for it.
     pub(super) fn settle(&mut self, now: Instant, budget: &mut Budget) -> Change {
         let mut change = Change::default();
-        if now < self.used + QUIET || self.blocked || self.read + self.written > 0 {
+        if self.blocked || !self.quiet(now) {
             return change;
         }
         let first = budget.first();

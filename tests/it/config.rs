@@ -145,11 +145,15 @@ const MISTAKES: &[(&str, &str)] = &[
     ("dns.cache_ttl = 604801", "1:17: dns.cache_ttl: 604801: expected a number from 0 to 604800"),
     ("proxy.mark = 3", "1:14: proxy.mark: 3: expected one bit of 32, such as 0x20"),
     ("proxy.mark = 0x1_0000_0000", "1:14: proxy.mark: 4294967296: expected one bit of 32, such as 0x20"),
-    ("proxy.backend = \"nft\"", "1:17: proxy.backend: \"nft\": expected \"auto\" or \"iptables\""),
+    ("proxy.backend = \"nftables\"", "1:17: proxy.backend: \"nftables\": expected \"auto\" or \"iptables\" or \"nft\""),
     ("proxy.max_connections = 0", "1:25: proxy.max_connections: 0: expected a number from 1 to 65536"),
     (
         "proxy.interfaces = [\"br-lan\", \"-j ACCEPT\"]",
         "1:31: proxy.interfaces: \"-j ACCEPT\": expected an interface's name, of 1 to 15 characters",
+    ),
+    (
+        "[tunnel]\ninterfaces = [\"an interface with a long name\"]",
+        "2:15: tunnel.interfaces: \"an interface with a long name\": expected an interface's name, of 1 to 15 characters",
     ),
     (
         "tunnel.relays = [\"relay.example:7843\"]",

@@ -14,6 +14,7 @@ mod json;
 mod layout;
 mod licences;
 mod manifests;
+mod nft;
 mod proxy;
 mod proxy_pump;
 mod snapshot;

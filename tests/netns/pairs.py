@@ -30,17 +30,22 @@ def nat_of(kind):
 
 def direct_possible(a, b):
     """The oracle: both know the other's mapping towards a relay and answer the source that they see. A packet gets in
-    where its sender's mapping is the one that was told, or where the filter does not ask for the port."""
+    where its sender's mapping is the one that was told, or where the filter does not ask for the port; and where the
+    port that a sender will have can be foretold, because it comes next, by one whose own is sure."""
     def passes(sender, receiver):
         return nat_of(sender)[0] == "EI" or nat_of(receiver)[1] != "APD"
-    return passes(a, b) and passes(b, a)
+
+    def foretold(sure, sequential):
+        return nat_of(sure)[0] == "EI" and sequential == "symmetric"
+    return passes(a, b) and passes(b, a) or foretold(a, b) or foretold(b, a)
 
 
 def words(kind):
     """How `weft peers` names a mapping."""
     if kind == "none":
         return "no NAT"
-    return f"{'endpoint-independent' if nat_of(kind)[0] == 'EI' else 'address-dependent'} mapping"
+    order = " with sequential ports" if kind == "symmetric" else ""
+    return f"{'endpoint-independent' if nat_of(kind)[0] == 'EI' else 'address-dependent'} mapping{order}"
 
 
 class Sink:

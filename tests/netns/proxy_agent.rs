@@ -101,7 +101,11 @@ fn main() {
         let (listen, clock) = ("169.254.96.16".parse().unwrap(), Clock::new(0));
         let cfg = ProxyConfig {
             enable: true,
-            backend: Backend::Auto,
+            backend: match std::env::var("BACKEND").as_deref() {
+                Ok("nft") => Backend::Nft,
+                Ok(_) => Backend::Iptables,
+                Err(_) => Backend::Auto,
+            },
             interfaces: vec![],
             external_ips: false,
             mark: 0x4000_0000,
@@ -121,7 +125,8 @@ fn main() {
             ..Ports::default()
         };
         println!("port {}", proxy.port());
-        let rules = Rules::new(&cfg, listen, ports, table.reader(), counters.clone(), clock).unwrap();
+        let rules =
+            Rules::new(&cfg, listen, ports, table.reader(), proxy.udp_ports(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());
         ex.spawn(proxy.run()).detach();
         ex.spawn(rules.run()).detach();

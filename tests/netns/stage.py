@@ -132,6 +132,10 @@ def kernel_state(node):
                     rules.append(re.sub(r" *\[\d+:\d+\]", "", line))
             # iptables-save shows the tables in the order in which they were made: that is no difference.
             state[tool] = [f"{table} {rule}" for table in sorted(tables) for rule in tables[table]]
+    # Those of iptables-nft have just been looked at.
+    ruleset = kernel.run(["ip", "netns", "exec", node.ns, "nft", "-s", "list", "ruleset"]).splitlines()
+    ours = kernel.run(["ip", "netns", "exec", node.ns, "sh", "-c", "nft -s list table ip weft 2>/dev/null || true"]).splitlines()
+    state["nft"] = sorted(ours + [line for line in ruleset if "weft:" in line])
     for what in ("link", "addr", "rule"):
         text = kernel.run(["ip", "-n", node.ns, "-o", what])
         state[what] = sorted(re.sub(r"(valid|preferred)_lft \S+|qlen \d+", "", line) for line in text.splitlines())

@@ -131,13 +131,14 @@ fn a_rebound_nat_of_either_side_loses_no_stream() {
 }
 
 #[test]
-fn an_idle_peer_whose_nat_was_rebound_is_reached_at_once() {
+fn an_idle_peer_whose_nat_was_rebound_is_reached_after_its_next_word() {
     for seed in seeds(10) {
         let (mut p, near, far) = direct_pair(seed, Kind::PortRestricted, Kind::PortRestricted);
         p.world.run(60 * SEC, |_| false);
         p.world.nats[1].rebind(None);
-        let took = echo(&mut p, near, far, 10 * SEC);
-        assert!(took <= 2 * SEC, "seed {seed}: {took:?}");
+        // Nobody can know before: it says something each 20 s, and notices within a second that it is not answered.
+        let took = echo(&mut p, near, far, 30 * SEC);
+        assert!(took <= 22 * SEC, "seed {seed}: {took:?}");
     }
 }
 

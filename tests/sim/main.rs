@@ -3,12 +3,14 @@
 
 mod direct;
 mod line;
+mod many;
 mod nat;
 mod pair;
 mod rates;
 mod recall;
 mod relayed;
 mod strangers;
+mod uplinks;
 mod world;
 
 /// The log of a single run, with WEFT_LOG set: `WEFT_SEED=7 WEFT_LOG=1 cargo test --test sim NAME -- --nocapture`.

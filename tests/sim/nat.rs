@@ -8,6 +8,8 @@ use std::{
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
+    /// None at all: a stateful firewall in front of an address.
+    Same,
     Independent,
     AddressDependent,
     /// Address and port-dependent, the next port for each destination.
@@ -61,15 +63,20 @@ impl Kind {
         })
     }
 
-    /// The oracle: can two nodes that know each other's mapping towards a relay, and that answer the source
-    /// that they observe, get a path without the relay?
+    /// The oracle: can two nodes that know each other's mapping towards a relay, that answer the source
+    /// that they observe and foretell the ports of a NAT that gives them in sequence, get a path without the relay?
     pub fn direct_possible(self, other: Self) -> bool {
         let passes = |from: Self, to: Self| {
             let stable = from.behaviour().is_none_or(|(m, _)| m == Mapping::Independent);
             let open = to.behaviour().is_none_or(|(_, f)| f != Filter::PortDependent);
             stable || open
         };
-        passes(self, other) && passes(other, self)
+        // A port that comes next is written to before it is used: that opens the other filter.
+        let foretold = |sure: Self, next: Self| {
+            let stable = sure.behaviour().is_none_or(|(m, _)| m == Mapping::Independent);
+            stable && next.behaviour().is_some_and(|(m, _)| m == Mapping::Sequential)
+        };
+        passes(self, other) && passes(other, self) || foretold(self, other) || foretold(other, self)
     }
 }
 
@@ -110,7 +117,7 @@ impl Nat {
         let expiry = self.expiry;
         self.entries.retain(|e| now < e.used + expiry);
         let key = match self.mapping {
-            Mapping::Independent => None,
+            Mapping::Same | Mapping::Independent => None,
             Mapping::AddressDependent => Some(SocketAddr::new(to.ip(), 0)),
             Mapping::Sequential | Mapping::Random => Some(to),
         };
@@ -122,6 +129,7 @@ impl Nat {
         let taken = |port| self.entries.iter().any(|e| e.port == port);
         let port = loop {
             let port = match self.mapping {
+                Mapping::Same => break inside.port(),
                 Mapping::Independent | Mapping::Sequential => {
                     self.next = self.next.wrapping_add(1).max(1024);
                     self.next

@@ -123,3 +123,73 @@ fn congestion_control_follows_the_path() {
         assert_eq!((now.path, now.congestion), ("direct", "cubic"), "seed {seed}");
     }
 }
+
+/// Runs a transfer that never ends until so many bytes are through; how long it took.
+fn until_through(world: &mut World, near: End, far: End, bytes: usize, most: Duration) -> Option<Duration> {
+    let (start, chunk, mut got) = (world.now, payload(16 << 10), 0);
+    let through = world.run(most, |w| {
+        while let Progress::Bytes(_) = w.hosts[near.host].node.write(near.key, &chunk) {}
+        let mut buf = [0; 16 << 10];
+        while let Progress::Bytes(n) = w.hosts[far.host].node.read(far.key, &mut buf) {
+            got += n;
+        }
+        got >= bytes
+    });
+    through.then(|| world.now - start)
+}
+
+#[test]
+fn a_path_of_1280_bytes_works_direct_and_relayed() {
+    for seed in seeds(3) {
+        for (kind, path) in [(Kind::Public, "direct"), (Kind::SymmetricRandom, "relay")] {
+            let mut p = Pair::new(seed, kind, kind);
+            p.world.line = Some(Line::new(20 * MBIT, SEC / 20, 1280));
+            let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+            settle(&mut p.world, path);
+            let bytes = payload(500_000);
+            let got = p.world.transfer(near, far, &bytes, 5 * SEC).unwrap_or_else(|e| panic!("{seed} {kind:?}: {e}"));
+            assert!(got == bytes, "seed {seed}");
+            // IPv4 and UDP, and a relay's header; the search ends with steps of 20 bytes.
+            let fits = 1280 - 28 - if path == "relay" { 13 } else { 0 };
+            let found = view(&p.world, 1, "b").mtu;
+            assert!((fits - 32..=fits).contains(&found), "seed {seed} {kind:?}: {found} of {fits}");
+        }
+    }
+}
+
+#[test]
+fn a_black_hole_is_found_within_five_seconds() {
+    for seed in seeds(3) {
+        for (kind, path) in [(Kind::Public, "direct"), (Kind::SymmetricRandom, "relay")] {
+            // quinn asks for four bursts of loss, of a probe timeout each.
+            for (rtt, most) in [(20, 5), (100, 5), (300, 8)] {
+                let mut p = Pair::new(seed, kind, kind);
+                p.world.delay = Duration::from_millis(rtt / if path == "relay" { 4 } else { 2 });
+                p.world.line = Some(Line::new(10 * MBIT, SEC / 10, ETHERNET));
+                let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+                settle(&mut p.world, path);
+                let named = format!("seed {seed}, {path}, {rtt} ms");
+                until_through(&mut p.world, near, far, 2_000_000, 20 * SEC).expect(&named);
+                assert!(view(&p.world, 1, "b").mtu >= 1400, "{named}");
+                p.world.line = Some(Line::new(10 * MBIT, SEC / 10, 1300));
+                // What is on the line comes out still.
+                pour(&mut p.world, near, far, SEC / 2);
+                let again = until_through(&mut p.world, near, far, 100_000, most * SEC - SEC / 2).is_some();
+                assert!(again, "{named}: still nothing, by {}", view(&p.world, 1, "b").path);
+                assert_eq!(view(&p.world, 1, "b").mtu, 1200, "{named}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_registration_probes_no_mtu() {
+    let mut p = Pair::new(1, Kind::Public, Kind::Public);
+    p.world.record = true;
+    let registered = |w: &mut World| w.hosts[1].node.relay_views().iter().all(|r| r.registered);
+    assert!(p.world.run(5 * SEC, registered));
+    p.world.run(5 * SEC, |_| false);
+    let quic = p.world.recorded.iter().filter(|(_, _, bytes)| bytes[0] & 0x40 != 0);
+    let lens: Vec<_> = quic.map(|(from, _, bytes)| (from.to_string(), bytes.len())).collect();
+    assert!(lens.len() > 8 && lens.iter().all(|l| l.1 <= 1200), "{lens:?}");
+}

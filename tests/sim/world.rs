@@ -6,8 +6,8 @@ use crate::{
 };
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, VecDeque},
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::{Arc, Mutex, atomic::AtomicU32},
     time::{Duration, Instant},
@@ -17,7 +17,7 @@ use weft::{
     metrics::TunnelCounters,
     table::model::{Protocol, ServiceId},
     tunnel::{
-        Key, Link, Open, Progress, Refusal, RelaySpec,
+        Key, Link, Open, Progress, Refusal, RelaySpec, Way,
         identity::{Authority, Certificate, KeyPair, Request, Roles},
         node::{Event, Node, NodeConfig, Output},
         noise::Local,
@@ -60,6 +60,13 @@ pub struct Host {
     pub nats: Vec<usize>,
 }
 
+/// One more address of a host's, and the NATs that it is behind.
+pub struct Uplink {
+    pub host: usize,
+    pub address: SocketAddr,
+    pub nats: Vec<usize>,
+}
+
 type Flight = Reverse<(Instant, u64, SocketAddr, SocketAddr, Vec<u8>)>;
 
 pub struct World {
@@ -70,6 +77,9 @@ pub struct World {
     pub loss: f64,
     pub duplicate: f64,
     pub nats: Vec<Nat>,
+    pub uplinks: Vec<Uplink>,
+    /// Addresses of hosts by which nothing passes.
+    pub down: BTreeSet<IpAddr>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
     /// What all datagrams pass, in order; None: each takes its own time.
@@ -100,6 +110,8 @@ impl World {
             loss: 0.0,
             duplicate: 0.0,
             nats: Vec::new(),
+            uplinks: Vec::new(),
+            down: BTreeSet::new(),
             blocked: Vec::new(),
             line: None,
             record: false,
@@ -217,10 +229,15 @@ impl World {
     }
 
     /// Out through the sender's NATs: the source that the internet sees. None: it cannot leave.
-    fn leave(&mut self, host: usize, to: SocketAddr) -> Option<SocketAddr> {
-        let mut source = self.hosts[host].address;
+    fn leave(&mut self, host: usize, to: SocketAddr, local: Option<IpAddr>) -> Option<SocketAddr> {
+        let first = (self.hosts[host].address, self.hosts[host].nats.clone());
+        let more = self.uplinks.iter().filter(|u| u.host == host).map(|u| (u.address, u.nats.clone()));
+        let fits = |a: SocketAddr| local.map_or_else(|| a.is_ipv6() == to.is_ipv6(), |ip| ip == a.ip());
+        let (mut source, chain) = std::iter::once(first).chain(more).find(|(a, _)| fits(*a))?;
+        if self.down.contains(&source.ip()) {
+            return None;
+        }
         let private = |a: SocketAddr| a.to_string().starts_with("192.168.") || a.to_string().starts_with("100.64.");
-        let chain = self.hosts[host].nats.clone();
         for nat in chain {
             if self.nats[nat].public == to.ip() && !self.nats[nat].hairpin {
                 return None;
@@ -230,20 +247,27 @@ impl World {
         (!private(to) && !private(source)).then_some(source)
     }
 
-    /// In through the receiver's NATs: the host.
-    fn arrive(&mut self, from: SocketAddr, mut to: SocketAddr) -> Option<usize> {
+    /// In through the receiver's NATs: the host, and which of its addresses.
+    fn arrive(&mut self, from: SocketAddr, mut to: SocketAddr) -> Option<(usize, IpAddr)> {
         let now = self.now;
         while let Some(nat) = self.nats.iter_mut().find(|n| n.public == to.ip()) {
-            to = nat.inbound(now, from, to.port())?;
+            let inside = nat.inbound(now, from, to.port())?;
+            let firewall = inside.ip() == to.ip();
+            to = inside;
+            if firewall {
+                break;
+            }
         }
-        self.hosts.iter().position(|h| h.address == to)
+        let first = self.hosts.iter().position(|h| h.address == to);
+        let host = first.or_else(|| self.uplinks.iter().find(|u| u.address == to).map(|u| u.host));
+        host.map(|host| (host, to.ip())).filter(|(_, ip)| !self.down.contains(ip))
     }
 
-    fn launch(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
+    fn launch(&mut self, host: usize, to: SocketAddr, local: Option<IpAddr>, bytes: Vec<u8>) {
         let from = self.hosts[host].address;
         // On one LAN there is no NAT between.
         let same = |h: &Host| h.address == to && h.nats == self.hosts[host].nats;
-        let source = if self.hosts.iter().any(same) { Some(from) } else { self.leave(host, to) };
+        let source = if self.hosts.iter().any(same) { Some(from) } else { self.leave(host, to, local) };
         if let Some(source) = source {
             self.inject(source, to, bytes);
         }
@@ -277,12 +301,12 @@ impl World {
         loop {
             let host = &mut self.hosts[at];
             match host.node.poll_output(self.now, &mut buf) {
-                Output::Send { to, segment } => {
+                Output::Send { to, local, segment } => {
                     let (from, cut) = (host.address, host.cut);
                     *self.sent.entry(from).or_default() += buf.len() as u64;
                     for datagram in buf.chunks(segment.unwrap_or(buf.len())) {
                         if !cut {
-                            self.launch(at, to, datagram.to_vec());
+                            self.launch(at, to, local, datagram.to_vec());
                         }
                     }
                 }
@@ -308,6 +332,11 @@ impl World {
         self.hosts
             .iter()
             .position(|h| h.address == source || h.nats.iter().any(|n| self.nats[*n].public == source.ip()))
+            .or_else(|| {
+                let of =
+                    |u: &&Uplink| u.address == source || u.nats.iter().any(|n| self.nats[*n].public == source.ip());
+                self.uplinks.iter().find(of).map(|u| u.host)
+            })
     }
 
     /// The next datagram or timer; false where nothing is left before `until`.
@@ -323,11 +352,12 @@ impl World {
         if flight == Some(next) {
             let Reverse((_, _, from, to, mut bytes)) = self.flying.pop().unwrap();
             let sender = self.owner(from);
-            if let Some(at) = self.arrive(from, to).filter(|at| !self.hosts[*at].cut) {
+            if let Some((at, local)) = self.arrive(from, to).filter(|(at, _)| !self.hosts[*at].cut) {
                 let pair = sender.map(|s| (s.min(at), s.max(at)));
                 let len = bytes.len();
                 if pair.is_none_or(|p| !self.blocked.contains(&p)) {
-                    self.hosts[at].node.handle_datagrams(self.now, from, &mut bytes, len);
+                    let way = Way { remote: from, local: Some(local) };
+                    self.hosts[at].node.handle_datagrams(self.now, way, &mut bytes, len);
                 }
             }
         } else {

@@ -189,6 +189,7 @@ fn services_for_another_proxy() {
     for (labels, expected) in [
         (r#"{"service.kubernetes.io/service-proxy-name":"x"}"#, true),
         (r#"{"service.kubernetes.io/headless":""}"#, true),
+        (r#"{"service.edgemesh.kubeedge.io/service-proxy-name":""}"#, true),
         (r#"{"app":"x"}"#, false),
         ("null", false),
     ] {

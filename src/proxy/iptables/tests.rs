@@ -103,14 +103,15 @@ COMMIT
 
 fn desired(services: u8) -> Desired {
     let own = Ipv4Addr::new(169, 254, 96, 16);
-    let mut rules = vec![Rule { address: own, protocol: Protocol::Udp, port: 53, action: Action::Redirect(5300) }];
+    let mut rules =
+        vec![Rule { address: own.into(), protocol: Protocol::Udp, port: 53, action: Action::Redirect(5300) }];
     rules.extend((1..=services).map(|i| Rule {
-        address: Ipv4Addr::new(10, 96, 0, i),
+        address: Ipv4Addr::new(10, 96, 0, i).into(),
         protocol: Protocol::Tcp,
         port: 80,
         action: if i % 2 == 1 { Action::Redirect(4000) } else { Action::Refuse },
     }));
-    Desired { address: own, mark: 0x4000, catch: Catch::AllBut(vec!["wan".into()]), rules, left_out: 0 }
+    Desired { address: own.into(), mark: 0x4000, catch: Catch::AllBut(vec!["wan".into()]), rules, left_out: 0 }
 }
 
 fn apply(desired: &Desired, saved: &Saved) -> String {

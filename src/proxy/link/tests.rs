@@ -81,6 +81,38 @@ fn a_default_route_over_two_links() {
 }
 
 #[test]
+fn addresses_and_routes_of_ipv6() {
+    let global: Ipv6Addr = "2a0f::7".parse().unwrap();
+    let address = |flags: u8, more: u32| {
+        let mut fixed = vec![AF_INET6, 64, flags, 0];
+        fixed.extend(3_u32.to_ne_bytes());
+        let message = Message::new(RTM_NEWADDR, 0, 1, &fixed).attr(IFA_ADDRESS, &global.octets());
+        let bytes = if more == 0 { message } else { message.attr(IFA_FLAGS, &more.to_ne_bytes()) }.done();
+        let Some((1, Answer::Address6(address))) = answers(&bytes).next() else { panic!("no address") };
+        assert_eq!((address.index, address.local, address.length), (3, global, 64));
+        (address.temporary, address.fit)
+    };
+    assert_eq!(address(0x80, 0), (false, true));
+    assert_eq!(address(0x01, 0x301), (true, true));
+    assert_eq!(address(0x01, 0x21), (true, false), "deprecated");
+    assert_eq!(address(0xc0, 0), (false, false), "tentative");
+
+    let mut fixed = vec![AF_INET6, 0, 0, 0, 254, 9, 0, RTN_UNICAST];
+    fixed.extend([0; 4]);
+    let bytes = Message::new(RTM_NEWROUTE, 0, 4, &fixed)
+        .attr(RTA_OIF, &2_u32.to_ne_bytes())
+        .attr(RTA_GATEWAY, &global.octets())
+        .attr(RTA_PRIORITY, &1024_u32.to_ne_bytes())
+        .done();
+    let to = Ipv6Addr::UNSPECIFIED;
+    let want = Route6 { to, length: 0, metric: 1024, leads_out: true, devices: vec![2] };
+    assert_eq!(answers(&bytes).collect::<Vec<_>>(), [(4, Answer::Route6(want))]);
+    for len in 0..bytes.len() {
+        assert!(!answers(&bytes[..len]).any(|(_, a)| matches!(a, Answer::Route6(_))), "{len}");
+    }
+}
+
+#[test]
 fn errors_and_ends() {
     let error = |code: i32| Message::new(NLMSG_ERROR, 0, 5, &code.to_ne_bytes()).done();
     let bytes = [error(0), error(-17), Message::new(NLMSG_DONE, 0, 6, &[0; 4]).done()].concat();

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Instant};
 
 /// A relay, and whether it answers.
 #[derive(Clone, Debug)]
-pub(crate) struct RelayAt {
+pub(crate) struct RelaySeen {
     pub(crate) name: String,
     pub(crate) key: PublicKey,
     pub(crate) host: String,
@@ -21,46 +21,48 @@ pub(crate) struct RelayAt {
 impl Homes {
     fn missing(&self, relay: usize) -> bool {
         match self.list.get(relay).map(|h| &h.state) {
-            // One PING may be lost.
-            Some(State::Up(up)) => up.rtt.is_none() || up.unanswered > 1,
-            Some(State::Resolving | State::Dialing) => true,
-            Some(State::Down { .. }) => self.wanted() > 0,
-            None => false,
+            Some(State::Up(up)) => !up.usable() || up.pulse().0,
+            Some(State::Resolving | State::Dialing | State::Down { .. }) => true,
+            // Of others, and of no use now.
+            Some(State::Off { .. }) | None => false,
         }
     }
 
     /// It is asked, or dialled, at once.
-    fn hurry(&mut self, relay: usize, now: Instant) {
+    fn ask_now(&mut self, relay: usize, now: Instant) {
         let Some(home) = self.list.get_mut(relay) else { return };
         match &mut home.state {
-            State::Up(up) => (up.next_ping, up.unanswered) = (now, 0),
+            State::Up(up) => up.next_ping = now,
             State::Down { retry } => {
                 *retry = now;
                 home.backoff.reset();
             }
-            State::Resolving | State::Dialing => {}
+            State::Off { .. } | State::Resolving | State::Dialing => {}
+        }
+        if let Some((ghost, _)) = &mut home.ghost {
+            ghost.next_ping = now;
         }
     }
 }
 
 impl Node {
     /// None behind the last relay.
-    pub(crate) fn relay_at(&self, relay: usize) -> Option<RelayAt> {
+    pub(crate) fn relay_at(&self, relay: usize) -> Option<RelaySeen> {
         let home = self.homes.get(relay)?;
-        Some(RelayAt {
+        Some(RelaySeen {
             name: home.certificate.name.clone(),
             key: home.certificate.key,
             host: home.host.clone(),
             address: home.address,
             missing: self.homes.missing(relay),
-            by_udp: self.homes.view(relay).3.is_some(),
+            by_udp: home.up().is_some_and(|up| up.observed.is_some()),
         })
     }
 
     /// A PING for a relay where we are registered, beside all others. The relay answers to where it comes from.
     pub(crate) fn probe_relay(&mut self, relay: usize) -> Option<Vec<u8>> {
         let nonce = self.rng.u32(..);
-        Some(self.homes.up(relay)?.channel.seal(&Control::Ping { nonce }))
+        Some(self.homes.list.get_mut(relay)?.up_mut()?.channel.seal(&Control::Ping { nonce }))
     }
 
     /// Datagrams to this relay go another way from now on.
@@ -76,8 +78,8 @@ impl Node {
         }
         for other in 0..self.homes.len() {
             // What one relay has shown is soon known of all.
-            if other == relay || self.homes.up(other).is_some_and(|up| up.unanswered == 0) {
-                self.homes.hurry(other, now);
+            if other == relay || self.homes.is_usable(other) {
+                self.homes.ask_now(other, now);
             }
         }
         self.due = Some(now);

@@ -2,9 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use std::cell::OnceCell;
+use std::{cell::OnceCell, sync::LazyLock, time::Instant};
 use weft::{
-    config::DnsConfig,
+    config::{DnsConfig, PodNames},
     dns::{
         fuzz,
         wire::{Header, Records},
@@ -40,16 +40,25 @@ impl Sink for Into {
 }
 
 /// A real cluster's objects.
-fn world() -> (Table, Zone) {
+fn world() -> (Table, [Zone; 2]) {
     let mut sink = Into(Table::default());
     let text = include_bytes!("../../it/fixtures/kube/cluster.json");
     Reading::default().feed(text, &mut sink).unwrap();
     assert!(sink.0.services().count() > 3);
-    let config = DnsConfig { upstream: Vec::new(), ..DnsConfig::default() };
-    (sink.0, Zone::new(&config, 1).unwrap())
+    let plain = DnsConfig::default();
+    let odd = DnsConfig {
+        pods: PodNames::Verified,
+        endpoint_pod_names: true,
+        empty_is_missing: true,
+        namespaces: vec!["default".into(), "kube-system".into()],
+        zones: vec!["10.in-addr.arpa".into()],
+        fallthrough: vec![".".into()],
+        ..DnsConfig::default()
+    };
+    (sink.0, [plain, odd].map(|c| Zone::new(&c, 1).unwrap()))
 }
 
-thread_local!(static WORLD: OnceCell<(Table, Zone)> = const { OnceCell::new() });
+thread_local!(static WORLD: OnceCell<(Table, [Zone; 2])> = const { OnceCell::new() });
 
 fn readable(reply: &[u8]) {
     assert!(reply.len() <= MESSAGE_MAX, "{} bytes", reply.len());
@@ -65,13 +74,15 @@ fn readable(reply: &[u8]) {
 
 fuzz_target!(|message: &[u8]| {
     WORLD.with(|world_| {
-        let (table, zone) = world_.get_or_init(world);
-        for (_, reply) in fuzz::query(message, table, zone) {
+        let (table, zones) = world_.get_or_init(world);
+        for (_, reply) in zones.iter().flat_map(|zone| fuzz::query(message, table, zone)) {
             if !reply.is_empty() {
                 readable(&reply);
             }
         }
     });
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    fuzz::forward(message, *START).iter().for_each(|reply| readable(reply));
     if let Some(replies) = fuzz::upstream(message) {
         replies.iter().for_each(|reply| readable(reply));
     }

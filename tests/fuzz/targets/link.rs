@@ -42,7 +42,7 @@ impl Link<'_> {
             for turn in 0.. {
                 assert!(turn < 5000, "it does not come to rest");
                 match self.ends[at].1.poll_output(self.now, &mut buf) {
-                    Output::Send { to, segment } if to == self.ends[1 - at].0 => {
+                    Output::Send { to, segment, .. } if to == self.ends[1 - at].0 => {
                         self.flying.extend(buf.chunks(segment.unwrap_or(buf.len())).map(|d| (1 - at, d.to_vec())));
                     }
                     Output::Send { .. } | Output::Beacon | Output::Event(_) => {}

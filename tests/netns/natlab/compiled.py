@@ -1,4 +1,4 @@
-"""The lab's two small C programs, compiled on first use and kept under the build folder by the hash of their source."""
+"""The lab's small C programs, compiled on first use and kept under the build folder by the hash of their source."""
 import hashlib
 import os
 import shutil
@@ -10,11 +10,11 @@ from .kernel import LabError
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def compiled(source, *flags):
+def compiled(source, *flags, compiler=None):
     """Path of the program made from `natlab/SOURCE`."""
     path = f"{HERE}/{source}"
     with open(path, "rb") as f:
-        name = f"{source.removesuffix('.c')}-{hashlib.sha256(f.read() + ' '.join(flags).encode()).hexdigest()[:12]}"
+        name = f"{source.removesuffix('.c')}-{hashlib.sha256(f.read() + ' '.join([*flags, compiler or '']).encode()).hexdigest()[:12]}"
     target = os.environ.get("CARGO_TARGET_DIR") or os.path.join(HERE, "..", "..", "..", "target")
     folder = os.path.join(os.path.abspath(target), "netns")
     try:
@@ -23,7 +23,7 @@ def compiled(source, *flags):
         folder = tempfile.gettempdir()
     out = os.path.join(folder, name)
     if not os.path.exists(out):
-        compiler = shutil.which("cc") or shutil.which("gcc")
+        compiler = compiler or shutil.which("cc") or shutil.which("gcc")
         if not compiler:
             raise LabError(f"{source} needs a C compiler (apt-get install gcc libc6-dev)")
         fresh = f"{out}.{os.getpid()}"

@@ -82,7 +82,7 @@ def toml(config):
 
 def _value(v):
     if isinstance(v, dict):
-        return "{ " + ", ".join(f"{k} = {_value(x)}" for k, x in v.items() if x is not None) + " }"
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_value(x)}" for k, x in v.items() if x is not None) + " }"
     if isinstance(v, (list, tuple)):
         return "[" + ", ".join(map(_value, v)) + "]"
     return json.dumps(v)  # strings, numbers and booleans are written alike in both
@@ -127,6 +127,8 @@ class Agent:
         self.log, self.process = f"{self.folder}/log", None
         config.setdefault("node", {}).setdefault("state_dir", f"{self.folder}/state")
         config.setdefault("admin", {}).setdefault("socket", self.socket)
+        if backend := os.environ.get("WEFT_BACKEND"):
+            config.setdefault("proxy", {}).setdefault("backend", backend)
         self.configure()
 
     def configure(self):

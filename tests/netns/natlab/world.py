@@ -98,13 +98,15 @@ class Node:
     def listen(self, port=0, address="0.0.0.0"):
         return kernel.tcp_listener(self.ns, address, port)
 
-    def resolver(self, *addresses):
+    def resolver(self, *addresses, search=()):
         """resolv.conf of programs started here; nsswitch too, or a host's resolved would be asked instead."""
         folder = f"{undo.NETNS_CONF}/{self.ns}"
         self.lab.ledger.note("folders", folder)
         os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/resolv.conf", "w", encoding="ascii") as f:
             f.writelines(f"nameserver {a}\n" for a in addresses)
+            # Of pods: kubelet writes search domains and ndots:5.
+            f.write(f"search {' '.join(search)}\noptions ndots:5\n" if search else "")
             f.write("options timeout:2 attempts:2\n")
         if os.path.exists("/etc/nsswitch.conf"):
             with open(f"{folder}/nsswitch.conf", "w", encoding="ascii") as f:

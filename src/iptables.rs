@@ -1,0 +1,198 @@
+//! The driver of the iptables backend: runs iptables-save and iptables-restore, one transaction for a change set.
+
+use crate::{
+    exec, netlink,
+    proxy::{
+        iptables::{self, Saved},
+        rules::Desired,
+    },
+    rules::Synced,
+};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+/// Seconds that iptables waits for its lock.
+const LOCK_WAIT: &str = "5";
+
+/// What we know of the kernel from the last sync.
+#[derive(Debug)]
+pub struct Iptables {
+    tools: Tools,
+    applied: Option<Desired>,
+    digest: u64,
+    rules: usize,
+    /// The tables that were not there before us.
+    made: Vec<iptables::Kind>,
+}
+
+/// Whether there is an iptables to be run.
+#[must_use]
+pub fn is_installed() -> bool {
+    exec::find("iptables-restore").is_some() && exec::find("iptables-save").is_some()
+}
+
+/// Whether somebody uses the tables of iptables-legacy in this network namespace.
+#[must_use]
+pub fn has_legacy_tables() -> bool {
+    let names = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    names.lines().any(|name| matches!(name, "nat" | "filter"))
+}
+
+impl Iptables {
+    /// That variant of iptables whose tables are in use.
+    ///
+    /// # Errors
+    /// When there is no iptables, or it cannot be run.
+    pub async fn new() -> Result<Self> {
+        let legacy = if has_legacy_tables() { Tools::new("iptables-legacy").await.ok() } else { None };
+        let tools = match legacy {
+            Some(tools) => tools,
+            None => Tools::new("iptables").await?,
+        };
+        Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new() })
+    }
+
+    /// What it says of itself.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        &self.tools.version
+    }
+
+    /// Makes the rules what is desired. Without `look` what was written last counts as being there.
+    ///
+    /// # Errors
+    /// What iptables complained about.
+    pub async fn sync(&mut self, desired: &Desired, look: bool) -> Result<Synced> {
+        let same = self.applied.as_ref() == Some(desired);
+        if same && !look {
+            return Ok(Synced { wrote: false, rules: self.rules });
+        }
+        let saved = self.tools.save().await?;
+        if self.applied.is_some() && saved.digest() != self.digest {
+            log::warn!("rules: somebody has changed or flushed ours; they are put back");
+        } else if same {
+            return Ok(Synced { wrote: false, rules: self.rules });
+        }
+        self.applied = None;
+        let made: Vec<_> = iptables::made(&saved).filter(|kind| !self.made.contains(kind)).collect();
+        self.made.extend(made);
+        self.tools.restore(&iptables::apply(desired, &saved, &self.made)).await?;
+        let saved = self.tools.save().await?;
+        self.digest = saved.digest();
+        self.rules = saved.counts().1;
+        self.applied = Some(desired.clone());
+        Ok(Synced { wrote: true, rules: self.rules })
+    }
+}
+
+/// Removes what is ours from every variant of iptables that is installed. Says what it removed, and what failed.
+pub async fn remove() -> (Vec<String>, Vec<String>) {
+    let (mut done, mut errors) = (Vec::new(), Vec::new());
+    let mut seen: Vec<(PathBuf, bool)> = Vec::new();
+    for family in ["iptables", "iptables-nft", "iptables-legacy"] {
+        // Each variant has tables of its own; the default one is one of them under a second name.
+        let Ok(tools) = Tools::new(family).await else { continue };
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let id = (real(&tools.restore), tools.nft());
+        if seen.contains(&id) {
+            continue;
+        }
+        seen.push(id);
+        match tools.undo().await {
+            Ok(what) => done.extend(what),
+            Err(e) => errors.push(format!("{e:#}")),
+        }
+    }
+    (done, errors)
+}
+
+#[derive(Clone, Debug)]
+struct Tools {
+    restore: PathBuf,
+    save: PathBuf,
+    /// What it says of itself.
+    version: String,
+    wait: bool,
+}
+
+/// The words of `iptables-restore v1.8.9 (nf_tables)`; a number that is missing counts as 0.
+fn version_of(line: &str) -> Option<[u16; 3]> {
+    let text = line.split(' ').find_map(|word| word.strip_prefix('v'))?;
+    let mut numbers = text.split('.').map(|n| n.parse().unwrap_or(0));
+    Some([numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0)])
+}
+
+impl Tools {
+    /// `family` is "iptables", or one of its variants.
+    async fn new(family: &str) -> Result<Self> {
+        let find = |what: &str| {
+            let name = format!("{family}-{what}");
+            exec::find(&name).with_context(|| format!("{name} is not installed (the package is called iptables)"))
+        };
+        let (restore, save) = (find("restore")?, find("save")?);
+        let mut version = String::new();
+        let mut first = |line: &str| {
+            if version.is_empty() {
+                line.clone_into(&mut version);
+            }
+        };
+        exec::run(&restore, &["--version"], "", &mut first).await?;
+        // Since 1.6.2 iptables-restore waits for the lock where it is told to.
+        let wait = version_of(&version).is_some_and(|v| v >= [1, 6, 2]);
+        Ok(Self { restore, save, version, wait })
+    }
+
+    fn nft(&self) -> bool {
+        self.version.contains("nf_tables")
+    }
+
+    async fn save(&self) -> Result<Saved> {
+        let mut saved = Saved::default();
+        exec::run(&self.save, &[], "", |line| saved.line(line)).await?;
+        Ok(saved)
+    }
+
+    async fn restore(&self, text: &str) -> Result<()> {
+        let args: &[&str] = if self.wait { &["--noflush", "-w", LOCK_WAIT] } else { &["--noflush"] };
+        exec::run(&self.restore, args, text, |_| ()).await
+    }
+
+    /// Takes our rules away; None: there were none.
+    async fn undo(&self) -> Result<Option<String>> {
+        let saved = self.save().await?;
+        let Some(text) = iptables::undo(&saved) else { return Ok(None) };
+        let remains = iptables::remains(&saved);
+        self.restore(&text).await?;
+        if self.nft() {
+            for part in remains {
+                // Somebody may have begun to use it: then it stays, and is theirs.
+                if let Err(e) = self.restore(&part.text).await {
+                    log::debug!("table {}: {e:#}", part.table);
+                }
+                if let Err(e) = netlink::remove_empty_table(part.table) {
+                    log::debug!("table {}: {e:#}", part.table);
+                }
+            }
+        }
+        let (chains, rules) = saved.counts();
+        Ok(Some(format!("{chains} chains and {rules} rules ({})", self.version)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_tool_is_named() {
+        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
+        assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
+    }
+
+    #[test]
+    fn versions() {
+        assert_eq!(version_of("iptables-restore v1.8.9 (nf_tables)"), Some([1, 8, 9]));
+        assert_eq!(version_of("iptables-restore v1.6"), Some([1, 6, 0]));
+        assert_eq!(version_of("busybox"), None);
+    }
+}

@@ -1,0 +1,280 @@
+//! The driver of the nf_tables backend: sends transactions, looks whether they still hold, and hears of changes.
+
+use crate::{
+    netlink::Socket,
+    proxy::{
+        link::{Raw, messages},
+        nft::{
+            ruleset::{self, INTERFACES, SERVICES, TABLE},
+            sum::Sum,
+            ways::{Ways, concerns_us},
+            wire::{Batch, Family, Kind, NLM_F_ACK, NLM_F_DUMP, attr, number, request},
+        },
+        rules::Desired,
+    },
+    rules::Synced,
+    sys,
+};
+use anyhow::{Context, Result};
+use futures_lite::future::yield_now;
+use smol::Async;
+use std::{
+    io::{self, ErrorKind},
+    net::IpAddr,
+    os::fd::OwnedFd,
+    time::Duration,
+};
+
+/// How often a list is asked for again that changed while it was read; then the last one counts.
+const TRIES: usize = 5;
+
+/// linux/netfilter/nfnetlink.h: the group that hears of each transaction.
+const NFNLGRP_NFTABLES: u32 = 7;
+
+/// Notifications that are read before the others may run.
+const EVENTS: usize = 64;
+
+/// What we know of the kernel from the last sync.
+#[derive(Debug)]
+pub struct Nft {
+    socket: Socket,
+    applied: Option<Desired>,
+    sum: Sum,
+    /// Elements were changed since the sum was made.
+    changed: bool,
+}
+
+/// One list of the kernel, of a table or of all; true where nothing changed while it was read. What is not there is an
+/// empty list.
+fn list(
+    socket: &mut Socket,
+    kind: Kind,
+    family: u8,
+    table: Option<&str>,
+    set: Option<&str>,
+    take: &mut dyn FnMut(u16, &[u8]),
+) -> io::Result<bool> {
+    let mut whole = true;
+    let ask = |seq| {
+        request(kind, NLM_F_DUMP, seq, family, |a| {
+            table.into_iter().for_each(|t| a.text(1, t));
+            set.into_iter().for_each(|s| a.text(2, s));
+        })
+    };
+    let done = socket.exchange(ask, &mut |raw| {
+        whole &= !raw.interrupted;
+        take(raw.kind, raw.body);
+    });
+    match done {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(whole),
+        done => done.map(|()| whole),
+    }
+}
+
+/// Sends a transaction; one in which nothing is changes nothing.
+fn commit(socket: &mut Socket, batch: Batch) -> io::Result<()> {
+    if batch.is_empty() { Ok(()) } else { socket.exchange(|seq| batch.done(seq), &mut |_| ()) }
+}
+
+/// A number that rises with each transaction of anybody; None: the kernel has no nf_tables, or none for us.
+#[must_use]
+pub fn generation() -> Option<u32> {
+    let mut found = None;
+    let ask = |seq| request(Kind::GetGeneration, NLM_F_ACK, seq, 0, |_| ());
+    let take = &mut |raw: &Raw<'_>| found = raw.body.get(4..).and_then(|b| attr(b, 1)).and_then(number);
+    Socket::open(sys::Family::Netfilter).ok()?.exchange(ask, take).ok()?;
+    found
+}
+
+/// Tells when somebody changes what concerns our rules.
+#[derive(Debug)]
+pub struct Monitor(Async<OwnedFd>);
+
+impl Monitor {
+    /// # Errors
+    /// Without CAP_NET_ADMIN.
+    pub fn open() -> Result<Self> {
+        let fd = sys::netlink(sys::Family::Netfilter, 1 << (NFNLGRP_NFTABLES - 1), Duration::ZERO)?;
+        Ok(Self(Async::new(fd)?))
+    }
+
+    /// Resolves when something has changed since the last call; cancel-safe.
+    ///
+    /// # Errors
+    /// When the socket is broken.
+    pub async fn changed(&self) -> io::Result<()> {
+        let mut buffer = [0; 4_096];
+        loop {
+            self.0.readable().await?;
+            let mut heard = false;
+            for _ in 0..EVENTS {
+                match sys::receive(&self.0, &mut buffer, false) {
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                    // What was lost, or is too large to be looked at, may concern us.
+                    Err(e) if e.kind() == ErrorKind::InvalidData || e.raw_os_error() == Some(libc::ENOBUFS) => {
+                        heard = true;
+                    }
+                    datagram => heard |= messages(datagram?).any(|raw| concerns_us(raw.kind, raw.body)),
+                }
+            }
+            if heard {
+                return Ok(());
+            }
+            yield_now().await;
+        }
+    }
+}
+
+fn sum(socket: &mut Socket, family: Family) -> io::Result<Sum> {
+    let mut sum = Sum::default();
+    for _ in 0..TRIES {
+        sum = Sum::default();
+        let mut whole = true;
+        let lists = [
+            (Kind::GetChain, None, None),
+            (Kind::GetRule, Some(TABLE), None),
+            (Kind::GetElement, Some(TABLE), Some(SERVICES)),
+            (Kind::GetElement, Some(TABLE), Some(INTERFACES)),
+        ];
+        for (kind, table, set) in lists {
+            whole &= list(socket, kind, family as u8, table, set, &mut |kind, body| sum.take(kind, body))?;
+        }
+        if whole {
+            break;
+        }
+    }
+    Ok(sum)
+}
+
+impl Nft {
+    /// # Errors
+    /// When the kernel has no nf_tables, or we may not use them.
+    pub fn open() -> Result<Self> {
+        let mut socket = Socket::open(sys::Family::Netfilter)?;
+        let there = list(&mut socket, Kind::GetChain, 0, None, None, &mut |_, _| ());
+        there.map_err(cannot).context("nf_tables")?;
+        Ok(Self { socket, applied: None, sum: Sum::default(), changed: false })
+    }
+
+    /// Makes the rules what is desired. Without `look` what was written last counts as being there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn sync(&mut self, desired: &Desired, look: bool) -> Result<Synced> {
+        let family = ruleset::family(desired.address);
+        if let Some(applied) = self.applied.as_ref().filter(|_| look) {
+            let now = sum(&mut self.socket, family).context("cannot list our rules")?;
+            let holds = now.holds(&self.sum, ruleset::count(applied)) && (self.changed || now == self.sum);
+            if holds {
+                self.sum = now;
+                self.changed = false;
+            } else {
+                log::warn!("rules: somebody has changed or flushed ours; they are put back");
+                self.applied = None;
+            }
+        }
+        let was = self.applied.take();
+        let wrote = was.as_ref() != Some(desired);
+        if wrote {
+            let mut batch = Batch::default();
+            match &was {
+                Some(was) => ruleset::change(&mut batch, was, desired),
+                None => ruleset::install(&mut batch, desired),
+            }
+            commit(&mut self.socket, batch).map_err(cannot).context("nf_tables: the kernel refuses the rules")?;
+            self.changed = was.is_some();
+            if was.is_none() {
+                self.sum = sum(&mut self.socket, family).context("cannot list our rules")?;
+            }
+        }
+        self.applied = Some(desired.clone());
+        Ok(Synced { wrote, rules: self.sum.rules + ruleset::count(desired) })
+    }
+}
+
+fn cannot(e: io::Error) -> anyhow::Error {
+    let hint = match e.kind() {
+        ErrorKind::PermissionDenied => " (needs CAP_NET_ADMIN: run weft as root)",
+        ErrorKind::NotFound => " (a kernel module is missing: nft_nat, nft_ct and nft_reject are needed)",
+        _ => "",
+    };
+    anyhow::anyhow!("{e}{hint}")
+}
+
+/// Whether a kernel without nf_tables says this.
+fn is_absent(e: &io::Error) -> bool {
+    let code = e.raw_os_error();
+    [libc::EOPNOTSUPP, libc::EINVAL, libc::EPROTONOSUPPORT].into_iter().any(|absent| code == Some(absent))
+}
+
+fn ways(socket: &mut Socket) -> io::Result<Ways> {
+    let mut ways = Ways::default();
+    list(socket, Kind::GetChain, 0, None, None, &mut |_, body| ways.chain(body))?;
+    for (family, table) in ways.tables() {
+        list(socket, Kind::GetRule, family as u8, Some(&table), None, &mut |_, body| ways.rule(body))?;
+    }
+    Ok(ways)
+}
+
+/// Sees to it that no input chain of others drops what was redirected to `own`: in each that would is one rule of
+/// ours. Says what it could not do.
+///
+/// # Errors
+/// When the kernel's chains cannot be listed; a kernel without nf_tables has none.
+pub fn open_ways(own: IpAddr, skip_iptables: bool) -> Result<Vec<String>> {
+    let mut socket = Socket::open(sys::Family::Netfilter)?;
+    let found = match ways(&mut socket) {
+        Err(e) if is_absent(&e) => return Ok(Vec::new()),
+        found => found.context("cannot list the chains of nf_tables")?,
+    };
+    let mut notes = Vec::new();
+    for way in found.missing(ruleset::family(own), skip_iptables) {
+        let mut batch = Batch::default();
+        ruleset::open_way(&mut batch, &way, own);
+        match commit(&mut socket, batch) {
+            Ok(()) => log::info!("rules: {way} would drop connections to Services: one rule of ours lets them in"),
+            // A table that belongs to a running program, firewalld for one: it has to be told by its own means.
+            Err(e) => notes.push(format!("{way} may drop connections to Services, and takes no rule: {e}")),
+        }
+    }
+    for (way, handle) in found.spare() {
+        let mut batch = Batch::default();
+        ruleset::close_way(&mut batch, &way, handle);
+        if let Err(e) = commit(&mut socket, batch) {
+            log::debug!("{way}: {e}");
+        }
+    }
+    Ok(notes)
+}
+
+/// Removes our tables, and our rules from chains of others. Says what it removed.
+///
+/// # Errors
+/// When something is left behind.
+pub fn remove() -> Result<Vec<String>> {
+    let mut socket = Socket::open(sys::Family::Netfilter)?;
+    let found = match ways(&mut socket) {
+        Err(e) if is_absent(&e) => return Ok(Vec::new()),
+        found => found.map_err(cannot).context("nf_tables")?,
+    };
+    let mut done = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let there = sum(&mut socket, family).context("nf_tables")?;
+        if !there.is_empty() {
+            let mut batch = Batch::default();
+            ruleset::remove(&mut batch, family);
+            commit(&mut socket, batch).with_context(|| format!("cannot remove table {} {TABLE}", family.name()))?;
+            let (family, Sum { rules, elements, .. }) = (family.name(), there);
+            done.push(format!("table {family} {TABLE} of nf_tables: {rules} rules and {elements} elements"));
+        }
+    }
+    for (way, handle) in found.ours() {
+        let mut batch = Batch::default();
+        ruleset::close_way(&mut batch, way, *handle);
+        match commit(&mut socket, batch) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e).with_context(|| format!("a rule in {way}")),
+            Ok(()) | Err(_) => done.push(format!("a rule in {way}")),
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,472 @@
+//! UDP Services: a socket for each port, a session with a socket of its own for each client, and datagrams that travel
+//! through the tunnel in frames: length u16, bytes.
+
+use crate::{
+    metrics::{add, bump},
+    proxy::{
+        Shared,
+        udp::{self, Key, PortId, Ports, Sessions},
+    },
+    shared::{Bell, Reader, Writer},
+    sys,
+    table::{
+        Table,
+        balance::{Ask, NoTarget, Target},
+        model::{Name, Protocol},
+    },
+    tunnel::{Handle, Open, Refusal, TunnelStream},
+};
+use futures_lite::{
+    AsyncRead, AsyncWrite,
+    future::{or, poll_fn, yield_now},
+};
+use smol::{Async, LocalExecutor, Task, Timer};
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, VecDeque},
+    io::{self, ErrorKind},
+    net::{IpAddr, SocketAddr, UdpSocket},
+    pin::Pin,
+    rc::{Rc, Weak},
+    time::Duration,
+};
+
+/// Datagrams of one socket before the others may run.
+const BATCH: usize = 32;
+/// How often silent sessions are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
+/// Endpoints that one datagram is tried on.
+const TRIES: usize = 4;
+/// How long a far node may take to answer.
+const OPEN: Duration = Duration::from_secs(10);
+/// How long a peer's session may be silent; our own end sooner.
+const FAR_SILENCE: Duration = Duration::from_secs(150);
+/// Bytes that wait for one session's stream, and for all of them; a datagram that finds no room is dropped, as a full
+/// link would.
+const QUEUE_MAX: usize = 128 * 1024;
+const QUEUES_MAX: usize = 1024 * 1024;
+/// RFC 768: the length field, less the headers of UDP and IPv4.
+const DATAGRAM_MAX: usize = 65_507;
+
+/// Datagrams that wait for a stream.
+#[derive(Debug)]
+struct Queue {
+    waiting: RefCell<VecDeque<Box<[u8]>>>,
+    bytes: Cell<usize>,
+    /// Of all queues.
+    total: Rc<Cell<usize>>,
+    bell: Bell,
+}
+
+impl Queue {
+    fn push(&self, bytes: &[u8]) -> bool {
+        let room = self.bytes.get() + bytes.len() <= QUEUE_MAX && self.total.get() + bytes.len() <= QUEUES_MAX;
+        if room {
+            self.bytes.set(self.bytes.get() + bytes.len());
+            self.total.set(self.total.get() + bytes.len());
+            self.waiting.borrow_mut().push_back(bytes.into());
+            self.bell.ring();
+        }
+        room
+    }
+
+    fn pop(&self) -> Option<Box<[u8]>> {
+        let next = self.waiting.borrow_mut().pop_front()?;
+        self.bytes.set(self.bytes.get() - next.len());
+        self.total.set(self.total.get() - next.len());
+        Some(next)
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.total.set(self.total.get() - self.bytes.get());
+    }
+}
+
+/// The way from a client's session to its endpoint. Its task brings the answers back; dropped, it ends.
+enum Leg {
+    Near(Rc<Async<UdpSocket>>, #[allow(dead_code)] Task<()>),
+    Far(Rc<Queue>, #[allow(dead_code)] Task<()>),
+}
+
+/// One port's socket, with its task.
+struct Bound {
+    number: u16,
+    _task: Task<()>,
+}
+
+/// See the module.
+pub(crate) struct Udp {
+    shared: Rc<Shared>,
+    /// Not kept alive by its own tasks.
+    executor: Weak<LocalExecutor<'static>>,
+    sessions: RefCell<Sessions<Leg>>,
+    queued: Rc<Cell<usize>>,
+    ports: Writer<Ports>,
+}
+
+/// What a port's task needs.
+struct Port {
+    udp: Rc<Udp>,
+    id: PortId,
+    number: u16,
+    socket: Async<UdpSocket>,
+}
+
+impl Udp {
+    pub(crate) fn new(shared: Rc<Shared>, executor: Weak<LocalExecutor<'static>>) -> Rc<Self> {
+        let (sessions, queued, ports) = (RefCell::default(), Rc::default(), Writer::new(Ports::new()));
+        Rc::new(Self { shared, executor, sessions, queued, ports })
+    }
+
+    /// Where each port is served.
+    pub(crate) fn ports(&self) -> Reader<Ports> {
+        self.ports.reader()
+    }
+
+    /// Keeps sockets and sessions as the table wants them, for ever.
+    pub(crate) async fn run(self: Rc<Self>) {
+        let mut bound: BTreeMap<PortId, Bound> = BTreeMap::new();
+        let mut bell = self.shared.table.listen();
+        loop {
+            if self.shared.table.read(Table::synced) {
+                self.bind(&mut bound);
+            }
+            self.sweep(&bound);
+            let sweep = async {
+                Timer::after(SWEEP).await;
+            };
+            or(bell.rung(), sweep).await;
+        }
+    }
+
+    fn bind(self: &Rc<Self>, bound: &mut BTreeMap<PortId, Bound>) {
+        let wanted = self.shared.table.read(udp::wanted);
+        bound.retain(|id, _| wanted.contains(id));
+        for id in wanted {
+            if bound.contains_key(&id) {
+                continue;
+            }
+            let taken = |number| bound.values().any(|b| b.number == number);
+            let mut found = Err(ErrorKind::AddrInUse.into());
+            for number in udp::places(&id).filter(|n| !taken(*n)) {
+                found = sys::udp_socket(&SocketAddr::new(self.shared.own.ip(), number))
+                    .and_then(Async::new_nonblocking)
+                    .map(|socket| (number, socket));
+                if !matches!(&found, Err(e) if e.kind() == ErrorKind::AddrInUse) {
+                    break;
+                }
+            }
+            match found {
+                Ok((number, socket)) => {
+                    let port = Port { udp: Rc::clone(self), id: id.clone(), number, socket };
+                    let Some(executor) = self.executor.upgrade() else { return };
+                    let task = executor.spawn(Rc::new(port).run());
+                    bound.insert(id, Bound { number, _task: task });
+                }
+                Err(e) => self.shared.say(|| format!("no UDP socket for {}/{}: {e}", id.0.namespace, id.0.name)),
+            }
+        }
+        let now: Ports = bound.iter().map(|(id, b)| (id.clone(), b.number)).collect();
+        if self.ports.update(|ports| (*ports != now).then(|| *ports = now).is_some()) {
+            self.ports.ring();
+        }
+    }
+
+    fn sweep(&self, bound: &BTreeMap<PortId, Bound>) {
+        let ids: BTreeMap<u16, &PortId> = bound.iter().map(|(id, b)| (b.number, id)).collect();
+        let now = self.shared.clock.now();
+        let gone = self.shared.table.read(|t| {
+            let stays = |port, endpoint| ids.get(&port).is_some_and(|id| udp::serves(t, id, endpoint));
+            self.sessions.borrow_mut().sweep(now, stays)
+        });
+        drop(gone);
+    }
+
+    fn close(&self, key: &Key, id: Option<u32>) {
+        let closed = self.sessions.borrow_mut().close(key, id);
+        drop(closed);
+    }
+}
+
+impl Port {
+    async fn run(self: Rc<Self>) {
+        loop {
+            if self.socket.readable().await.is_err() {
+                return;
+            }
+            for _ in 0..BATCH {
+                let more = self.udp.shared.pool.scratch(|scratch| match self.socket.get_ref().recv_from(scratch) {
+                    Ok((n, from)) => {
+                        self.datagram(from, &scratch[..n]);
+                        true
+                    }
+                    Err(e) => e.kind() == ErrorKind::Interrupted,
+                });
+                if !more {
+                    break;
+                }
+            }
+            yield_now().await;
+        }
+    }
+
+    /// Brings one datagram of a client to its endpoint, or drops it.
+    fn datagram(self: &Rc<Self>, from: SocketAddr, bytes: &[u8]) {
+        let shared = &self.udp.shared;
+        let (key, now) = ((self.number, from), shared.clock.now());
+        let mut tried = Vec::new();
+        while tried.len() < TRIES {
+            let sent = self.udp.sessions.borrow_mut().of(now, &key).map(|(endpoint, leg)| {
+                (
+                    endpoint,
+                    match leg {
+                        Leg::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
+                        Leg::Far(queue, _) => Ok(queue.push(bytes)),
+                    },
+                )
+            });
+            match sent {
+                None => match self.open(key, &tried) {
+                    Ok(()) => {}
+                    Err(Some(endpoint)) => tried.push(endpoint),
+                    Err(None) => {
+                        bump(if tried.is_empty() { &shared.counters.no_endpoint } else { &shared.counters.failed });
+                        return;
+                    }
+                },
+                Some((_, Ok(true))) => return add(&shared.counters.bytes_up, bytes.len() as u64),
+                Some((_, Ok(false))) => return bump(&shared.counters.udp_drops),
+                Some((_, Err(e))) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::OutOfMemory) => {
+                    return bump(&shared.counters.udp_drops);
+                }
+                // EMSGSIZE: no other endpoint would take it either.
+                Some((_, Err(e))) if e.raw_os_error() == Some(libc::EMSGSIZE) => {
+                    return bump(&shared.counters.udp_drops);
+                }
+                // An answer of ICMP to what went before: this datagram has not been sent.
+                Some((endpoint, Err(_))) => {
+                    bump(&shared.counters.retries);
+                    self.udp.close(&key, None);
+                    tried.push(endpoint);
+                }
+            }
+        }
+        bump(&shared.counters.failed);
+    }
+
+    /// Opens a session; the error is the endpoint that could not be had, or that there is none.
+    fn open(self: &Rc<Self>, key: Key, tried: &[SocketAddr]) -> Result<(), Option<SocketAddr>> {
+        let shared = &self.udp.shared;
+        let (service, port) = &self.id;
+        let now = shared.clock.now();
+        let target = shared.table.read(|t| {
+            let same = |ip: &&IpAddr| ip.is_ipv4() == shared.own.is_ipv4();
+            let vip = t.service_by_id(service).and_then(|s| s.vips.iter().chain(&s.external_ips).find(same));
+            let destination = SocketAddr::new(*vip.ok_or(NoTarget::NotAService)?, *port);
+            let ask = Ask { destination, protocol: Protocol::Udp, client: key.1.ip(), tried };
+            t.route(&shared.here, ask, &mut shared.balancer.borrow_mut(), now)
+        });
+        let id = self.udp.sessions.borrow_mut().number();
+        let (endpoint, leg) = match target {
+            Err(_) => return Err(None),
+            Ok(Target::Local(to)) => (to, self.near(key, id, to)),
+            Ok(Target::Remote { node, service, port, address }) => {
+                let open = Open { service, port, protocol: Protocol::Udp, endpoint: address };
+                (address, self.far(key, id, node, open))
+            }
+        };
+        let leg = leg.ok_or(Some(endpoint))?;
+        bump(&shared.counters.udp_sessions);
+        let evicted = self.udp.sessions.borrow_mut().open(now, key, id, endpoint, leg);
+        drop(evicted);
+        Ok(())
+    }
+
+    fn near(self: &Rc<Self>, key: Key, id: u32, to: SocketAddr) -> Option<Leg> {
+        let shared = &self.udp.shared;
+        let socket = match shared.dial_udp(&to) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                let oldest = self.udp.sessions.borrow_mut().close_oldest();
+                drop(oldest);
+                shared.dial_udp(&to)
+            }
+            socket => socket,
+        };
+        let socket = Rc::new(socket.map_err(|e| shared.say(|| format!("UDP to {to}: {e}"))).ok()?);
+        let (port, answers) = (Rc::clone(self), Rc::clone(&socket));
+        let task = self.udp.executor.upgrade()?.spawn(async move {
+            loop {
+                if answers.readable().await.is_err() {
+                    return;
+                }
+                for _ in 0..BATCH {
+                    let got = port.udp.shared.pool.scratch(|scratch| {
+                        let n = answers.get_ref().recv(scratch)?;
+                        port.answer(key, id, &scratch[..n]);
+                        io::Result::Ok(())
+                    });
+                    match got {
+                        Ok(()) => {}
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                        // ICMP's answer to a datagram: the next one goes elsewhere.
+                        Err(_) => return port.udp.close(&key, Some(id)),
+                    }
+                }
+                yield_now().await;
+            }
+        });
+        Some(Leg::Near(socket, task))
+    }
+
+    /// Brings an answer back; conntrack makes it come from where the client sent to.
+    fn answer(&self, key: Key, id: u32, bytes: &[u8]) {
+        let shared = &self.udp.shared;
+        self.udp.sessions.borrow_mut().answered(shared.clock.now(), &key, id);
+        match self.socket.get_ref().send_to(bytes, key.1) {
+            Ok(n) => add(&shared.counters.bytes_down, n as u64),
+            Err(_) => bump(&shared.counters.udp_drops),
+        }
+    }
+
+    fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open) -> Option<Leg> {
+        let tunnel = self.udp.shared.tunnel.clone()?;
+        let total = Rc::clone(&self.udp.queued);
+        let queue = Queue { waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() };
+        let queue = Rc::new(queue);
+        let (port, waiting) = (Rc::clone(self), Rc::clone(&queue));
+        let task = self.udp.executor.upgrade()?.spawn(async move {
+            if let Err(e) = port.travel(&tunnel, &node, &open, key, id, &waiting).await {
+                port.udp.shared.say(|| format!("UDP to {} on {node}: {e}", open.endpoint));
+            }
+            port.udp.close(&key, Some(id));
+        });
+        Some(Leg::Far(queue, task))
+    }
+
+    async fn travel(
+        &self,
+        tunnel: &Handle,
+        node: &str,
+        open: &Open,
+        key: Key,
+        id: u32,
+        queue: &Queue,
+    ) -> Result<(), Refusal> {
+        let mut stream = tunnel.open(node, open);
+        let late = async {
+            Timer::after(OPEN).await;
+            Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
+        };
+        or(stream.opened(), late).await?;
+        let stream = RefCell::new(stream);
+        let there = async {
+            let mut bell = queue.bell.listen();
+            loop {
+                while let Some(bytes) = queue.pop() {
+                    write_frame(&stream, &bytes).await?;
+                }
+                flush(&stream).await?;
+                bell.rung().await;
+            }
+        };
+        let back = read_frames(&stream, |bytes| self.answer(key, id, bytes));
+        // A session that ends is not worth a word: the client's next datagram begins another.
+        let _: io::Result<()> = or(there, back).await;
+        Ok(())
+    }
+}
+
+/// Serves a peer's session: its frames go to the socket of an endpoint of ours, and answers come back.
+pub(crate) async fn serve(shared: &Shared, socket: Async<UdpSocket>, stream: TunnelStream) {
+    let stream = RefCell::new(stream);
+    let last = Cell::new(shared.clock.now());
+    let there = read_frames(&stream, |bytes| {
+        last.set(shared.clock.now());
+        match socket.get_ref().send(bytes) {
+            Ok(n) => add(&shared.counters.bytes_down, n as u64),
+            Err(_) => bump(&shared.counters.udp_drops),
+        }
+    });
+    let back = async {
+        loop {
+            socket.readable().await?;
+            let got = shared.pool.scratch(|scratch| socket.get_ref().recv(scratch).map(|n| Box::from(&scratch[..n])));
+            match got {
+                Ok(bytes) => {
+                    let bytes: Box<[u8]> = bytes;
+                    last.set(shared.clock.now());
+                    add(&shared.counters.bytes_up, bytes.len() as u64);
+                    write_frame(&stream, &bytes).await?;
+                    flush(&stream).await?;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                // ICMP's answer: the peer is told by the end of the stream.
+                Err(e) => return Err(e),
+            }
+        }
+    };
+    let silence = async {
+        loop {
+            let at = last.get() + FAR_SILENCE;
+            if at <= shared.clock.now() {
+                return Ok(());
+            }
+            Timer::at(at).await;
+        }
+    };
+    let _: io::Result<()> = or(or(there, back), silence).await;
+}
+
+async fn flush<S: AsyncWrite + Unpin>(stream: &RefCell<S>) -> io::Result<()> {
+    poll_fn(|cx| Pin::new(&mut *stream.borrow_mut()).poll_flush(cx)).await
+}
+
+async fn write_frame<S: AsyncWrite + Unpin>(stream: &RefCell<S>, bytes: &[u8]) -> io::Result<()> {
+    let len = u16::try_from(bytes.len()).map_err(|_| ErrorKind::InvalidInput)?.to_be_bytes();
+    for mut part in [&len[..], bytes] {
+        while !part.is_empty() {
+            let n = poll_fn(|cx| Pin::new(&mut *stream.borrow_mut()).poll_write(cx, part)).await?;
+            if n == 0 {
+                return Err(ErrorKind::WriteZero.into());
+            }
+            part = &part[n..];
+        }
+    }
+    Ok(())
+}
+
+/// Hands over each frame until the stream ends.
+async fn read_frames<S: AsyncRead + Unpin>(stream: &RefCell<S>, mut take: impl FnMut(&[u8])) -> io::Result<()> {
+    // As large as the largest frame so far: most sessions are DNS and the like.
+    let mut frame = Vec::new();
+    loop {
+        let mut len = [0; 2];
+        if !fill(stream, &mut len).await? {
+            return Ok(());
+        }
+        let len = usize::from(u16::from_be_bytes(len));
+        if len > DATAGRAM_MAX {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        frame.resize(len, 0);
+        if !fill(stream, &mut frame).await? && len > 0 {
+            return Ok(());
+        }
+        take(&frame);
+    }
+}
+
+/// Fills a buffer; false where the stream has ended before.
+async fn fill<S: AsyncRead + Unpin>(stream: &RefCell<S>, buffer: &mut [u8]) -> io::Result<bool> {
+    let mut at = 0;
+    while at < buffer.len() {
+        let n = poll_fn(|cx| Pin::new(&mut *stream.borrow_mut()).poll_read(cx, &mut buffer[at..])).await?;
+        if n == 0 {
+            return Ok(false);
+        }
+        at += n;
+    }
+    Ok(at > 0)
+}
