@@ -30,6 +30,9 @@
 //! of others only as far as `admit` finds them worth public-key work; `windows` gives each what its path needs out
 //! of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
+//! Where UDP is dead `carrier` takes the datagrams for a relay by TCP instead: `detour` opens such connections at a node,
+//! `reception` takes them at a relay, to which such a node is one more address. The tunnel itself knows no difference.
+//!
 //! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
 //! relay's sealed PONG tells.
