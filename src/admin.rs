@@ -180,6 +180,7 @@ impl Views {
             nodes,
             parts: (self.parts)(),
             relays: self.tunnel.iter().flat_map(tunnel::Handle::relays).map(Into::into).collect(),
+            relaying: self.tunnel.as_ref().and_then(tunnel::Handle::relay_load).map(Into::into),
             peers: self.tunnel.iter().flat_map(tunnel::Handle::peers).filter(|p| p.path != "none").count(),
             counters,
             warnings: (self.warnings)(),
@@ -208,6 +209,14 @@ impl From<tunnel::PeerView> for view::Peer {
         } = p;
         let (path, congestion) = (path.into(), congestion.into());
         Self { name, path, via, rtt_ms, congestion, mtu, since_secs, streams, tx_bytes, rx_bytes, note }
+    }
+}
+
+impl From<tunnel::RelayLoad> for view::Relaying {
+    fn from(l: tunnel::RelayLoad) -> Self {
+        let tunnel::RelayLoad { nodes, firsts, flows, queued, datagrams, bytes, drops } = l;
+        let drops = drops.into_iter().map(|(why, n)| (why.to_owned(), n)).collect();
+        Self { nodes, firsts: firsts.into(), flows, queued_bytes: queued, datagrams, bytes, drops }
     }
 }
 

@@ -324,6 +324,7 @@ impl Wiring<'_> {
             bundle,
             key: None,
             is_relay: self.config.relay.enable,
+            relay_limits: self.config.relay.limits,
             mark: self.config.proxy.mark,
             lookup: Rc::new(move |host| {
                 let resolver = resolver.clone();

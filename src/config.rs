@@ -9,7 +9,10 @@ mod service;
 
 pub use error::ConfigError;
 
-use crate::{carrier::connect::Proxy, tunnel::identity::node_name};
+use crate::{
+    carrier::connect::Proxy,
+    tunnel::{RelayLimits, identity::node_name},
+};
 use std::{
     fmt,
     fs::File,
@@ -247,6 +250,7 @@ impl FromStr for RelayName {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RelayConfig {
     pub enable: bool,
+    pub limits: RelayLimits,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -25,17 +25,23 @@
 //! `candidates`. Where they come from: `survey` (the kernel's lists, by `links`), the relays' PONGs, `portmap` (the
 //! gateway), `predict` (a NAT that counts). A way is a pair of addresses where there are several `uplinks`.
 //! `gate` lets no long header through to quinn that was not sealed for our key and psk; `noise` is the
-//! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `relay` the
-//! relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers. `connect` begins connections,
-//! of others only as far as `admit` finds them worth public-key work; `windows` gives each what its path needs out
-//! of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
+//! handshake, `cid` the connection IDs that name a slot, `home` our registrations at relays, `carry` what
+//! they carry for us, `relay` the relay itself, `lan` the beacons, `recall` what the snapshot remembers of peers.
+//! `connect` begins connections, of others only as far as `admit` finds them worth public-key work; `windows` gives
+//! each what its path needs out of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
+//!
+//! A node registers at every relay of its list and tells each where it is to be found. Two of them carry its data:
+//! the nearest, and one that stands by, through which there is a flow to each live peer beside the first. A relay
+//! that says nothing for a second after a question is avoided; its registration is asked after until it answers, or
+//! says that it was restarted. Whoever is at none of our relays is found by its entry, at its own.
 //!
 //! Where UDP is dead `carrier` takes the datagrams for a relay by TCP instead: `detour` opens such connections at a node,
 //! `reception` takes them at a relay, to which such a node is one more address. The tunnel itself knows no difference.
 //!
 //! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
-//! relay's sealed PONG tells.
+//! relay's sealed PONG tells. A node's entry is not signed, since its key is one for key agreement: who leaves it
+//! has registered under that key, and a relay that lies of it gains no more than by its silence.
 
 pub mod admin;
 pub mod app;

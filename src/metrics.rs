@@ -116,7 +116,7 @@ counters! {
         handshake_failures,
         /// Initials answered with Retry because too many handshakes were half open.
         retries_sent,
-        /// Relay frames whose tag or flow did not fit.
+        /// Relay frames whose tag did not fit.
         relay_rejects,
         /// Relay control messages that did not open or were replayed.
         control_rejects,
@@ -128,8 +128,14 @@ counters! {
         relayed_datagrams,
         /// Bytes relayed for others.
         relayed_bytes,
-        /// Datagrams not relayed: rate, burst or queue limits.
+        /// Relay frames of no flow, or of one whose other end is gone.
+        relay_unknown_flows,
+        /// Datagrams not relayed, questions and registrations of nodes dropped: more than a node may.
+        relay_over_rate,
+        /// Datagrams not relayed: too many were waiting.
         relay_drops,
+        /// Datagrams not relayed: they and those behind them had waited too long.
+        relay_late,
         /// TCP connections to the relay that showed no psk of ours, in time or at all.
         tcp_strangers,
         /// Nodes that came by TCP and were turned away: too many.

@@ -47,7 +47,7 @@ pub(crate) use keys::{Aead, derive};
 pub use lan::Link;
 pub use path::Way;
 pub use recall::Remembered;
-pub use relay::RelayLoad;
+pub use relay::{Rate, RelayLimits, RelayLoad};
 pub(crate) use stream::Shared;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
@@ -138,6 +138,7 @@ pub struct Setup {
     /// The node's own key, where the bundle has none.
     pub key: Option<Secret<[u8; 32]>>,
     pub is_relay: bool,
+    pub relay_limits: RelayLimits,
     pub mark: u32,
     pub lookup: Lookup,
     pub clock: Clock,
@@ -150,7 +151,7 @@ impl Driver {
     /// # Errors
     /// When the port is taken, or the bundle has no key, or a relay of the config has no certificate.
     pub fn bind(config: &TunnelConfig, setup: Setup) -> anyhow::Result<(Self, Handle)> {
-        let Setup { name, bundle, key, is_relay, mark, lookup, clock, counters, remembered } = setup;
+        let Setup { name, bundle, key, is_relay, relay_limits, mark, lookup, clock, counters, remembered } = setup;
         let secret =
             key.or_else(|| bundle.key.clone()).context("the bundle has no key and the node has none either")?;
         let pair = KeyPair::from_private(secret)?;
@@ -209,6 +210,7 @@ impl Driver {
             relays,
             profile: profile(config.profile),
             congestion: config.congestion,
+            relay_limits,
             lan: config.lan,
             gso: 1,
             seed: None,
@@ -279,12 +281,18 @@ impl Driver {
         let mut tx = Vec::new();
         let mut bell = self.shared.bell.listen();
         self.look();
+        let mut linger = None;
         loop {
-            let wake = self.drain(&mut tx).await;
+            let mut wake = self.drain(&mut tx, &mut rx).await;
             if self.shared.closing.get() {
-                self.mapper.bye();
-                self.shared.closed.ring();
-                return Ok(());
+                let now = self.clock.now();
+                let until = *linger.get_or_insert_with(|| now + self.shared.node().linger());
+                if now >= until {
+                    self.mapper.bye();
+                    self.shared.closed.ring();
+                    return Ok(());
+                }
+                wake = wake.into_iter().chain([until]).min();
             }
             let wake = [wake, self.mapper.wake].into_iter().flatten().min();
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
@@ -336,12 +344,12 @@ impl Driver {
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.
-    async fn drain(&mut self, tx: &mut Vec<u8>) -> Option<Instant> {
+    async fn drain(&mut self, tx: &mut Vec<u8>, rx: &mut [u8]) -> Option<Instant> {
         for turn in 1.. {
             let now = self.clock.now();
             let output = self.shared.node().poll_output(now, tx);
             match output {
-                Output::Send { to, local, segment } => self.send(Way { remote: to, local }, tx, segment).await,
+                Output::Send { to, local, segment } => self.send(Way { remote: to, local }, tx, segment, rx).await,
                 Output::Beacon => self.links.beacon(&self.socket, &self.udp, tx),
                 Output::Event(Event::Resolve { relay, host }) => {
                     let port = self.shared.node().relay_port(relay);
@@ -404,7 +412,7 @@ impl Driver {
         );
     }
 
-    async fn send(&self, way: Way, bytes: &[u8], segment: Option<usize>) {
+    async fn send(&self, way: Way, bytes: &[u8], segment: Option<usize>, rx: &mut [u8]) {
         let (to, src_ip) = (way.remote, way.local);
         if self.carrier.send(to, bytes, segment) {
             return;
@@ -416,8 +424,13 @@ impl Driver {
             match self.udp.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
                 Ok(()) => return,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.socket.writable().await.is_err() {
-                        return;
+                    // What comes meanwhile is taken: which of it has to wait, or to go, is not the kernel's to say.
+                    let writable = async { self.socket.writable().await.map(|()| true) };
+                    let readable = async { self.socket.readable().await.map(|()| false) };
+                    match or(writable, readable).await {
+                        Ok(true) => {}
+                        Ok(false) => self.receive(rx),
+                        Err(_) => return,
                     }
                 }
                 Err(error) => {

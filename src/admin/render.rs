@@ -42,6 +42,14 @@ pub fn status(s: &Status) -> String {
         let note = if relay.note.is_empty() { String::new() } else { format!(", {}", relay.note) };
         line("relay", format!("{} at {}: {state}, rtt {}{note}", relay.name, relay.address, rtt(relay.rtt_ms)));
     }
+    if let Some(r) = &s.relaying {
+        let drops: Vec<_> = r.drops.iter().filter(|(_, n)| **n > 0).map(|(why, n)| format!("{n} {why}")).collect();
+        let drops = if drops.is_empty() { "nothing".into() } else { drops.join(", ") };
+        let waits =
+            if r.queued_bytes > 0 { format!(", {} waiting", size(r.queued_bytes as u64)) } else { String::new() };
+        line("relaying", format!("for {} nodes, the first relay of {}, in {} flows", r.nodes, r.firsts, r.flows));
+        line("relayed", format!("{} in {} datagrams{waits}; dropped: {drops}", size(r.bytes), r.datagrams));
+    }
     line("peers", format!("{} with a path", s.peers));
     for (name, value) in s.counters.iter().filter(|(_, value)| **value > 0) {
         let _ = writeln!(out, "  {name:<30} {value}");

@@ -25,6 +25,8 @@ pub struct Status {
     pub nodes: usize,
     pub parts: Vec<Part>,
     pub relays: Vec<Relay>,
+    /// Of a relay: what it carries.
+    pub relaying: Option<Relaying>,
     /// Peers with a path.
     pub peers: usize,
     pub counters: BTreeMap<String, u64>,
@@ -58,6 +60,20 @@ pub struct Relay {
     pub registered: bool,
     pub rtt_ms: Option<u32>,
     pub note: String,
+}
+
+#[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
+pub struct Relaying {
+    pub nodes: usize,
+    /// Nodes whose first relay this is.
+    pub firsts: usize,
+    pub flows: usize,
+    /// Bytes that wait to be sent.
+    pub queued_bytes: usize,
+    pub datagrams: u64,
+    pub bytes: u64,
+    /// Datagrams that were not passed on, by the reason.
+    pub drops: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, DeJson, PartialEq, SerJson)]

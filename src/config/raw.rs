@@ -95,6 +95,9 @@ pub(super) struct RawTunnel {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawRelay {
     pub(super) enable: Option<bool>,
+    pub(super) rate: Number,
+    pub(super) node_rate: Number,
+    pub(super) node_burst: Number,
 }
 
 #[derive(Default, Deserialize)]

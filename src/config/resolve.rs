@@ -3,10 +3,13 @@
 use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
-    raw::{Number, RawConfig, RawNode, RawProxy, RawTunnel, Text},
+    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
     service,
 };
-use crate::tunnel::identity::{network_name, node_name};
+use crate::tunnel::{
+    Rate, RelayLimits,
+    identity::{network_name, node_name},
+};
 use log::LevelFilter;
 use std::{
     fmt::Debug,
@@ -25,6 +28,13 @@ const MARK: u32 = 1 << 5;
 
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
+/// Mbit/s: more than any one socket carries.
+const RATE_MAX: usize = 100_000;
+/// kB: a batch of the kernel's has up to 64.
+const BURST_MIN: usize = 64;
+const BURST_MAX: usize = 100_000;
+/// kB.
+const NODE_BURST: u64 = 1_000;
 /// Linux: IFNAMSIZ is 16 with its NUL.
 const INTERFACE_MAX: usize = 15;
 /// Lists of the file are refused beyond this many items.
@@ -64,7 +74,7 @@ impl Default for Config {
                 tcp_fallback: 443,
                 proxy: None,
             },
-            relay: RelayConfig { enable: false },
+            relay: RelayConfig { enable: false, limits: RelayLimits::default() },
             admin: AdminConfig { socket: PathBuf::from("/run/weft.sock") },
             services: Vec::new(),
         }
@@ -85,7 +95,7 @@ impl Config {
         let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
         put.choice(&mut c.balancer.default, "balancer.default", raw.balancer.default, &policies)?;
         put.tunnel(&mut c.tunnel, raw.tunnel)?;
-        put.flag(&mut c.relay.enable, raw.relay.enable);
+        put.relay(&mut c.relay, raw.relay)?;
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
             // Linux: sun_path has 108 bytes with its NUL.
             path(s).filter(|_| s.len() < 108)
@@ -247,6 +257,19 @@ impl Put<'_> {
                 "expected http://host:port or http://user:password@host:port, with % codes",
             )
         })?;
+        Ok(())
+    }
+
+    fn relay(&self, c: &mut RelayConfig, raw: RawRelay) -> Result<(), ConfigError> {
+        self.flag(&mut c.enable, raw.enable);
+        let (mut all, mut node, mut burst) = (0_u64, 0, NODE_BURST);
+        for (slot, key, raw) in [(&mut all, "relay.rate", raw.rate), (&mut node, "relay.node_rate", raw.node_rate)] {
+            self.number(slot, key, raw, 0..=RATE_MAX)?;
+        }
+        self.number(&mut burst, "relay.node_burst", raw.node_burst, BURST_MIN..=BURST_MAX)?;
+        let rate = |mbits: u64, burst| (mbits > 0).then_some(Rate { each_second: mbits * 125_000, burst });
+        // Of all: what leaves in a few milliseconds.
+        c.limits = RelayLimits { all: rate(all, 64_000.max(all * 500)), node: rate(node, burst * 1000) };
         Ok(())
     }
 }

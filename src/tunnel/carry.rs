@@ -178,7 +178,17 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         if !known {
             peer.set_relay(now, None);
+            let pathless = peer.paths.current().is_none();
+            if let Some(want) = &mut peer.want {
+                want.next_ask = now;
+            }
+            for index in self.slots_of(name) {
+                if let Some(slot) = self.slots.get_mut(index) {
+                    slot.stranded = pathless;
+                }
+            }
         }
+        let Some(peer) = self.peers.get_mut(name) else { return };
         if (peer.slot.is_some() || peer.dialing.is_some()) && peer.want.is_none() {
             self.want_flow(now, name);
         }
@@ -190,7 +200,9 @@ impl Node {
         let old = peer.paths.relay();
         peer.set_relay(now, Some(path));
         let slots: Vec<u32> = self.slots_of(name);
-        self.follow(name);
+        // What went into the void long ago is better sent anew: an ACK of it would measure all that time as the RTT.
+        let again = again && !slots.iter().any(|index| self.slots.get(*index).is_some_and(|s| s.stranded));
+        self.follow(now, name);
         for index in slots {
             let Some(slot) = self.slots.get_mut(index) else { continue };
             slot.also = slot.also.map(|_| path);
@@ -249,7 +261,7 @@ impl Node {
         } else if idle {
             self.dial(now, &name, path, &certificate);
         }
-        self.follow(&name);
+        self.follow(now, &name);
     }
 
     fn not_found(&mut self, now: Instant, relay: usize, request: u32) {

@@ -13,7 +13,7 @@ use super::{
 use crate::metrics::bump;
 use bytes::BytesMut;
 use quinn_proto::{ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Incoming};
-use std::{sync::Arc, time::Instant};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 impl Node {
     pub(super) fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
@@ -25,10 +25,7 @@ impl Node {
             gate::Verdict::Drop => return,
             // A slot that is gone: quinn answers with a stateless reset, to where this came from.
             gate::Verdict::Ours(slot) => Some(slot).filter(|slot| live(*slot)),
-            gate::Verdict::Reset => match slots.iter().find(|(_, s)| s.path == origin.path()) {
-                Some((slot, _)) => Some(slot),
-                None => return bump(&self.count.stray_short_header),
-            },
+            gate::Verdict::Reset => return self.handle_reset(now, origin, &datagram),
             // Again the first flight of a handshake under way, or a new one.
             gate::Verdict::First => {
                 let again = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
@@ -48,7 +45,7 @@ impl Node {
         let mut reply = Vec::new();
         match self.endpoint.handle(now, remote, None, None, datagram, &mut reply) {
             None => {}
-            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(handle, event),
+            Some(DatagramEvent::ConnectionEvent(handle, event)) => self.deliver(now, handle, event),
             Some(DatagramEvent::NewConnection(incoming)) if may_answer => self.accept(now, origin, incoming, dcid),
             Some(DatagramEvent::NewConnection(incoming)) => {
                 bump(&self.count.stray_long_header);
@@ -62,10 +59,24 @@ impl Node {
         }
     }
 
-    fn deliver(&mut self, handle: ConnectionHandle, event: ConnectionEvent) {
+    /// Maybe a stateless reset of any connection that goes this way: after a restart of the peer the dead one and the
+    /// new one do. quinn tells by the token, and whatever else it is gets no answer.
+    fn handle_reset(&mut self, now: Instant, origin: Origin, datagram: &BytesMut) {
+        let on_path = self.slots.iter().filter(|(_, s)| s.path == origin.path());
+        let remotes: Vec<SocketAddr> = on_path.map(|(_, s)| s.remote).collect();
+        for remote in remotes {
+            let handled = self.endpoint.handle(now, remote, None, None, datagram.clone(), &mut Vec::new());
+            if let Some(DatagramEvent::ConnectionEvent(handle, event)) = handled {
+                return self.deliver(now, handle, event);
+            }
+        }
+        bump(&self.count.stray_short_header);
+    }
+
+    fn deliver(&mut self, now: Instant, handle: ConnectionHandle, event: ConnectionEvent) {
         let Some(index) = self.by_handle.get(&handle).copied() else { return };
         if let Some(slot) = self.slots.get_mut(index) {
-            slot.conn.handle_event(event);
+            slot.deliver(now, event);
             self.touch(index);
         }
     }

@@ -195,7 +195,7 @@ impl Node {
         if let Path::Relay { relay, flow } = path {
             self.peers.bind_flow(relay, flow, &name);
         }
-        self.follow(&name);
+        self.follow(now, &name);
         if path.is_relay() {
             self.seek(now, &name);
         } else if bare && self.peers.get(&name).is_some_and(|p| p.want.is_none()) {

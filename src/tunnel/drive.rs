@@ -25,6 +25,10 @@ impl Node {
             if let Some((to, segment)) = self.outbox.pop(buf) {
                 return self.sent(to, segment, buf.len());
             }
+            let waiting = self.relay.as_mut().and_then(|relay| relay.pop(now, buf, &self.count));
+            if let Some((to, segment)) = waiting {
+                return self.sent(to.into(), segment, buf.len());
+            }
             if let Some(output) = self.beacon(now, buf) {
                 return output;
             }
@@ -70,7 +74,7 @@ impl Node {
         }
         self.measure(now, index);
         let slot = self.slots.get_mut(index)?;
-        let at = slot.conn.poll_timeout().into_iter().chain(slot.deadline()).min();
+        let at = slot.timeout().into_iter().chain(slot.deadline()).min();
         self.slots.wake(index, at);
         None
     }
@@ -120,7 +124,7 @@ impl Node {
 
     /// None: nothing to send. (None, _) inside: it was dropped, its path is down.
     fn transmit(&mut self, now: Instant, index: u32, buf: &mut Vec<u8>) -> Option<(Option<Way>, Option<usize>)> {
-        let slot = self.slots.get_mut(index)?;
+        let slot = self.slots.get_mut(index).filter(|s| !s.stranded)?;
         buf.clear();
         let (to, segment) = match slot.path {
             Path::Direct(address) => {

@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A relay that has come back is moved to at some time within this, and not by all nodes at once.
 const SPREAD: Duration = Duration::from_secs(30);
 /// Between questions for the certificate of a relay that does not answer.
-const INQUIRE: Duration = Duration::from_secs(10);
+const INQUIRE: Duration = Duration::from_secs(5);
 /// After the start: until the round trips of all relays are known.
 const YOUNG: Duration = Duration::from_secs(15);
 /// With nobody else to carry data a restarted relay is come back to within this.

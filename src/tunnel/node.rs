@@ -15,7 +15,7 @@ use super::{
     outbox::Outbox,
     path::{Path, Way, canonical},
     peer::Peers,
-    relay::{Relay, RelayLoad},
+    relay::{Relay, RelayLimits, RelayLoad},
     slot::{Role, Slot, Slots},
     streams::Streams,
     transport::Transport,
@@ -39,6 +39,8 @@ use std::{
 
 /// A connection without streams is closed after this.
 const IDLE_CLOSE: Duration = Duration::from_secs(60);
+/// Below what the process waits for at its end.
+const LINGER: Duration = Duration::from_millis(400);
 /// Packets that keep a connection with idle streams alive, well below quinn's idle timeout.
 pub(super) const KEEPALIVE: Duration = Duration::from_secs(20);
 /// Housekeeping of idle connections.
@@ -53,6 +55,8 @@ pub struct NodeConfig {
     pub relays: Vec<RelaySpec>,
     pub profile: Profile,
     pub congestion: Congestion,
+    /// Where it is a relay.
+    pub relay_limits: RelayLimits,
     /// Beacons on the links.
     pub lan: bool,
     /// Datagrams that one send may carry.
@@ -140,7 +144,7 @@ impl Node {
     pub fn new(config: NodeConfig, now: Instant, mut rng: fastrand::Rng, count: Rc<TunnelCounters>) -> Self {
         let root = derive(&config.local.secret, b"weft relay", b"");
         let psk = config.local.psks.first().filter(|_| config.lan).map(|(_, psk)| psk.clone());
-        let relay = config.local.is_relay.then(|| Relay::new(&root, now, rng.fork()));
+        let relay = config.local.is_relay.then(|| Relay::new(&root, config.relay_limits, now, rng.fork()));
         let limits = Limits::of(config.profile);
         let transport = Transport::new(Arc::new(config.local), limits.stream, config.congestion, rng.fork());
         let endpoint =
@@ -201,7 +205,7 @@ impl Node {
 
     #[must_use]
     pub fn relay_load(&self) -> Option<RelayLoad> {
-        self.relay.as_ref().map(Relay::load)
+        self.relay.as_ref().map(|relay| relay.load(&self.count))
     }
 
     pub fn handle_tick(&mut self, now: Instant) {
@@ -340,7 +344,7 @@ impl Node {
         let (slots, peers) = (self.slots.due(now), self.peers.due(now));
         for index in &slots {
             if let Some(slot) = self.slots.get_mut(*index) {
-                slot.conn.handle_timeout(now);
+                slot.expire(now);
                 self.touch(*index);
             }
         }
@@ -403,6 +407,12 @@ impl Node {
         }
     }
 
+    /// For how long after [`Node::shutdown`] a relay goes on: its nodes are taking other ways.
+    #[must_use]
+    pub fn linger(&self) -> Duration {
+        self.relay.as_ref().filter(|relay| !relay.is_idle()).map_or(Duration::ZERO, |_| LINGER)
+    }
+
     pub(super) fn handle_event(&mut self, now: Instant, index: u32, event: QuicEvent) {
         match event {
             QuicEvent::Connected => self.connected(now, index),
@@ -440,7 +450,9 @@ impl Node {
             (Role::Accepted, Purpose::Register) if exported => match (&mut self.relay, path) {
                 (Some(relay), Path::Direct(from)) => {
                     slot.role = Role::Registered;
-                    relay.register(now, certificate, &secret, from.remote);
+                    if !relay.register(now, certificate, &secret, from.remote, &self.count) {
+                        self.close(now, index, "it registers too often");
+                    }
                 }
                 // A node cannot register through another relay: its address would not be its own.
                 _ => self.close(now, index, "this node is not a relay"),

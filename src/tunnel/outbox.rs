@@ -25,6 +25,11 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
+    /// Bytes that wait.
+    pub(super) fn len(&self) -> usize {
+        self.held
+    }
+
     /// False where the datagram was dropped for want of room.
     #[must_use]
     pub(super) fn push(&mut self, to: impl Into<Way>, bytes: Vec<u8>) -> bool {

@@ -3,19 +3,25 @@
 
 mod directory;
 mod flows;
+mod forward;
+mod limits;
 mod members;
+mod queue;
+
+pub use limits::{Rate, RelayLimits};
 
 use super::{
     control::{Channel, Control, Rank, bare, parse_header},
-    frame::{parse_data, retag},
     identity::{Certificate, Roles},
     keys::{Key, derive},
     outbox::Outbox,
 };
-use crate::metrics::{TunnelCounters, add, bump};
+use crate::metrics::{TunnelCounters, bump};
 use directory::{Directory, Kept};
 use flows::Flows;
+use limits::{Bucket, OPENS, REGISTRATION, REGISTRATIONS};
 use members::{Id, Member, Members};
+use queue::Queue;
 use siphasher::sip::SipHasher24;
 use std::{
     hash::Hasher,
@@ -23,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// "Your registration is gone" is said at most so often in a second, to all together.
+/// "Your registration is gone" or "your flow" is said at most so often in a second, to all together.
 const GONE_PER_SECOND: u32 = 200;
 /// Between challenges to one registration.
 const CHALLENGE_GAP: Duration = Duration::from_millis(200);
@@ -38,35 +44,66 @@ pub(super) struct Relay {
     members: Members,
     flows: Flows,
     directory: Directory,
+    queue: Queue,
+    limits: RelayLimits,
     cookie_key: [u8; 16],
     gone_budget: (Instant, u32),
     rng: fastrand::Rng,
 }
 
-/// What a relay is asked to show.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a relay tells of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RelayLoad {
     pub nodes: usize,
+    /// Nodes whose first relay it is.
+    pub firsts: u16,
     pub flows: usize,
+    /// Bytes of datagrams that wait for their turn.
+    pub queued: usize,
+    /// Since the start.
+    pub datagrams: u64,
+    pub bytes: u64,
+    /// Datagrams that were not passed on, by the reason.
+    pub drops: [(&'static str, u64); 5],
 }
 
 impl Relay {
     /// `root` is derived from the static key, so that cookies outlive a restart.
-    pub(super) fn new(root: &Key, now: Instant, rng: fastrand::Rng) -> Self {
+    pub(super) fn new(root: &Key, limits: RelayLimits, now: Instant, rng: fastrand::Rng) -> Self {
         let mut cookie_key = [0; 16];
         cookie_key.copy_from_slice(&derive(root, b"relay cookie", b"").0[..16]);
         Self {
             members: Members::new(),
             flows: Flows::new(),
             directory: Directory::default(),
+            queue: Queue::new(limits, now),
+            limits,
             cookie_key,
             gone_budget: (now, GONE_PER_SECOND),
             rng,
         }
     }
 
-    pub(super) fn load(&self) -> RelayLoad {
-        RelayLoad { nodes: self.members.len(), flows: self.flows.len() }
+    pub(super) fn load(&self, count: &TunnelCounters) -> RelayLoad {
+        RelayLoad {
+            nodes: self.members.len(),
+            firsts: self.members.firsts(),
+            flows: self.flows.len(),
+            queued: self.queue.len(),
+            datagrams: count.relayed_datagrams.get(),
+            bytes: count.relayed_bytes.get(),
+            drops: [
+                ("wrong tag", count.relay_rejects.get()),
+                ("no such flow", count.relay_unknown_flows.get()),
+                ("over the rate", count.relay_over_rate.get()),
+                ("queue full", count.relay_drops.get()),
+                ("too late", count.relay_late.get()),
+            ],
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.members.len() == 0
     }
 
     fn cookie(&self, registration: u64) -> u64 {
@@ -75,20 +112,52 @@ impl Relay {
         hasher.finish()
     }
 
-    /// A handshake for registration was confirmed: the exporter's secret is known to that node alone.
-    pub(super) fn register(&mut self, now: Instant, certificate: Certificate, secret: &Key, address: SocketAddr) {
+    /// A handshake for registration was confirmed: the exporter's secret is known to that node alone. False where
+    /// the node registers too often.
+    pub(super) fn register(
+        &mut self,
+        now: Instant,
+        certificate: Certificate,
+        secret: &Key,
+        address: SocketAddr,
+        count: &TunnelCounters,
+    ) -> bool {
+        let old = self.members.named(&certificate.name).and_then(|id| self.members.get(id));
+        let (data, opens, mut registrations) = match old {
+            Some(old) => (old.data, old.opens, old.registrations),
+            None => {
+                let node = self.limits.node.unwrap_or(OPENS);
+                (Bucket::new(node, now), Bucket::new(OPENS, now), Bucket::new(REGISTRATIONS, now))
+            }
+        };
+        if !registrations.take(now, REGISTRATIONS, REGISTRATION) {
+            bump(&count.relay_over_rate);
+            return false;
+        }
         let mut channel = Channel::new(secret, true, 0);
         channel.cookie = self.cookie(channel.registration);
         log::info!(target: "relay", "{} registered from {address}", certificate.name);
         let certificate = Box::new(certificate);
         // Until it says otherwise.
         let (rank, kept) = (Rank::Standby, Kept::default());
-        self.members.put(Member { certificate, channel, address, candidate: None, heard: now, rank, kept });
+        self.members.put(Member {
+            certificate,
+            channel,
+            address,
+            candidate: None,
+            heard: now,
+            rank,
+            kept,
+            data,
+            opens,
+            registrations,
+        });
+        true
     }
 
     /// When `handle_timeout` is next of use.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        self.members.poll_timeout()
+        self.members.poll_timeout().into_iter().chain(self.queue.poll_timeout()).min()
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant) {
@@ -123,7 +192,13 @@ impl Relay {
                 let serial = self.members.get(id).map_or(0, |n| n.kept.serial);
                 Some(Control::Pong { nonce, observed: from, serial, load: self.members.firsts() })
             }
-            Control::Open { request, name } => Some(self.open(request, id, &name, out, count)),
+            Control::Open { request, name } => {
+                let may = self.members.get_mut(id).is_some_and(|n| n.opens.take(now, OPENS, 1));
+                if !may {
+                    return bump(&count.relay_over_rate);
+                }
+                Some(self.open(request, id, &name, out, count))
+            }
             Control::Who { flow } => Some(self.who(flow, id)),
             Control::Enter { rank, entry } => {
                 self.members.ranked(id, rank);
@@ -180,14 +255,19 @@ impl Relay {
         count: &TunnelCounters,
     ) {
         bump(&count.control_rejects);
+        let answer = bare(id, cookie);
+        if cookie == self.cookie(id) && asked > answer.len() && self.may_say_gone(now) {
+            let _ = out.push(to, answer);
+        }
+    }
+
+    fn may_say_gone(&mut self, now: Instant) -> bool {
         if now >= self.gone_budget.0 + Duration::from_secs(1) {
             self.gone_budget = (now, GONE_PER_SECOND);
         }
-        let answer = bare(id, cookie);
-        if cookie == self.cookie(id) && asked > answer.len() && self.gone_budget.1 > 0 {
-            self.gone_budget.1 -= 1;
-            let _ = out.push(to, answer);
-        }
+        let may = self.gone_budget.1 > 0;
+        self.gone_budget.1 -= u32::from(may);
+        may
     }
 
     /// Data goes to a new address only after it was shown that the node receives there.
@@ -239,103 +319,7 @@ impl Relay {
             let _ = out.push(node.address, node.channel.seal(&message));
         }
     }
-
-    /// Forwards a batch of frames of equal size that came from one address; tags are replaced in place.
-    pub(super) fn handle_data(
-        &mut self,
-        now: Instant,
-        from: SocketAddr,
-        batch: &mut [u8],
-        segment: usize,
-        out: &mut Outbox,
-        count: &TunnelCounters,
-    ) {
-        // Runs of frames of one flow leave as one batch.
-        let mut run: Option<(usize, u32, SocketAddr)> = None;
-        let mut start = 0;
-        while start < batch.len() {
-            let end = (start + segment).min(batch.len());
-            let next = self.forward(now, from, &mut batch[start..end], out, count);
-            match (run, next) {
-                (Some((_, flow, _)), Some((same, _))) if flow == same => {}
-                (run_before, _) => {
-                    flush(run_before, &batch[..start], segment, out, count);
-                    run = next.map(|(flow, to)| (start, flow, to));
-                }
-            }
-            start = end;
-        }
-        flush(run, batch, segment, out, count);
-    }
-
-    /// Checks and retags one frame: (flow, where it goes).
-    fn forward(
-        &mut self,
-        now: Instant,
-        from: SocketAddr,
-        frame: &mut [u8],
-        out: &mut Outbox,
-        count: &TunnelCounters,
-    ) -> Option<(u32, SocketAddr)> {
-        let Some((flow, tag, datagram)) = parse_data(frame) else {
-            bump(&count.relay_rejects);
-            return None;
-        };
-        let signs = |id: Id| self.members.get(id).is_some_and(|n| n.channel.tag_in.tag(flow, datagram) == tag);
-        // The sender is whose tag it is; its address says which to try first.
-        let guess = self.members.at(from);
-        let Some(ends) = self.flows.ends(flow) else {
-            return self.unknown_flow(guess.filter(|id| signs(*id)), from, flow, out, count);
-        };
-        let first = usize::from(guess == Some(ends[1]));
-        let Some(sender) = [first, 1 - first].into_iter().find(|i| signs(ends[*i])) else {
-            bump(&count.relay_rejects);
-            return None;
-        };
-        let (near, far) = (ends[sender], ends[1 - sender]);
-        let far = self.members.get(far).map(|n| (n.channel.tag_out.tag(flow, datagram), n.address));
-        let Some((tag, to)) = far else {
-            self.flows.remove(flow);
-            return self.unknown_flow(Some(near), from, flow, out, count);
-        };
-        let node = self.members.get_mut(near)?;
-        node.heard = now;
-        if node.address != from {
-            self.challenge(now, near, from, out);
-        }
-        retag(frame, tag);
-        Some((flow, to))
-    }
-
-    /// Whoever has proved to be a node is told that its flow is none, each time: the word may be lost.
-    fn unknown_flow(
-        &mut self,
-        sender: Option<Id>,
-        from: SocketAddr,
-        flow: u32,
-        out: &mut Outbox,
-        count: &TunnelCounters,
-    ) -> Option<(u32, SocketAddr)> {
-        bump(&count.relay_rejects);
-        self.tell(sender?, from, &Control::Gone { flow }, out, count);
-        None
-    }
 }
 
-fn flush(
-    run: Option<(usize, u32, SocketAddr)>,
-    batch: &[u8],
-    segment: usize,
-    out: &mut Outbox,
-    count: &TunnelCounters,
-) {
-    let Some((start, _, to)) = run else { return };
-    let frames = &batch[start..];
-    let packets = frames.len().div_ceil(segment) as u64;
-    if out.push_batch(to, frames, segment) {
-        add(&count.relayed_datagrams, packets);
-        add(&count.relayed_bytes, frames.len() as u64);
-    } else {
-        add(&count.relay_drops, packets);
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -1,12 +1,12 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::OnLink, node::KEEPALIVE, path::Path, windows::Windows};
-use quinn_proto::{Connection, ConnectionHandle, StreamId};
+use super::{congestion::OnLink, node::KEEPALIVE, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
+use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     sync::atomic::Ordering,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Datagrams of no slot; never a connection.
@@ -17,6 +17,16 @@ pub(super) const SLOTS_MAX: usize = 320;
 pub(super) const LIVE_MAX: usize = 256;
 /// Datagrams that are sent again by the relay when a direct path falls silent: one congestion window or so.
 const RECENT_MAX: usize = 32;
+/// Between looks at whether a connection's packets open.
+const PULSE: Duration = Duration::from_secs(1);
+/// After which a connection is prodded; probes wait as long by then.
+const SILENCE: Duration = Duration::from_secs(2);
+/// Timers of quinn's that may come before the one of its next probe: of pacing, of a delayed ACK, ….
+const PRODS: usize = 4;
+/// Those come so soon; RFC 9000 section 18.2: an ACK is delayed by 25 ms at most.
+const SOON: Duration = Duration::from_millis(50);
+/// Whoever takes longer is not waited for in a handshake either.
+const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
 const VIRTUAL: [u16; 3] = [0xfd77, 0x6566, 0x7400];
 /// Any port but 0, which quinn refuses.
@@ -54,6 +64,10 @@ pub(super) struct Slot {
     /// Known once the handshake is confirmed.
     pub(super) peer: Option<String>,
     pub(super) born: Instant,
+    /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
+    pub(super) alive: Instant,
+    /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
+    pub(super) stranded: bool,
     /// When the last stream ended.
     pub(super) idle_since: Instant,
     pub(super) next_keepalive: Instant,
@@ -85,6 +99,8 @@ impl Slot {
             first_dcid,
             peer: None,
             born: now,
+            alive: now,
+            stranded: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
             lost: false,
@@ -100,13 +116,71 @@ impl Slot {
         }
     }
 
+    /// When its timers are next of use.
+    pub(super) fn timeout(&mut self) -> Option<Instant> {
+        let end = self.alive + IDLE;
+        self.conn.poll_timeout().map(|at| if self.stranded { at.max(end) } else { at })
+    }
+
+    pub(super) fn expire(&mut self, now: Instant) {
+        if !self.stranded || now >= self.alive + IDLE {
+            self.conn.handle_timeout(now);
+        }
+    }
+
+    /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
+    pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
+        let due = now >= self.alive + PULSE;
+        let silent = now >= self.alive + SILENCE;
+        let opened = |conn: &Connection| {
+            let frames = conn.stats().frame_rx;
+            frames.acks + frames.stream + frames.ping
+        };
+        let before = due.then(|| opened(&self.conn));
+        let rtt = self.conn.rtt();
+        self.conn.handle_event(event);
+        // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
+        let spans = due && self.conn.rtt() > rtt * 2 + PULSE / 4;
+        if spans || self.conn.rtt() > RTT_MOST {
+            self.conn.path_changed(now);
+        }
+        if before.is_some_and(|before| opened(&self.conn) > before) {
+            self.alive = now;
+            if silent && !self.lost {
+                self.probe(now); // a full window holds back quinn's ACKs too
+            }
+        }
+    }
+
     /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
         self.on_link.store(on_link, Ordering::Relaxed);
         self.windows.path_changed();
         self.conn.path_changed(now);
+        self.prod(now);
+    }
+
+    /// On a path that has come to life after a silence the connection tries at once. By itself quinn would wait: what
+    /// was sent into the void fills its window, and each probe waits twice as long as the one before.
+    pub(super) fn prod(&mut self, now: Instant) {
         self.conn.ping();
+        if std::mem::take(&mut self.stranded) {
+            self.conn.handle_timeout(now); // its timers stood still: a probe is due
+        } else if now >= self.alive + SILENCE && !self.lost {
+            self.probe(now);
+        }
+    }
+
+    /// Its next probe, ahead of time; but never the end of an idle connection, and of one that is closing neither.
+    fn probe(&mut self, now: Instant) {
+        for _ in 0..PRODS {
+            let Some(at) = self.conn.poll_timeout().filter(|at| *at < self.alive + IDLE) else { return };
+            self.conn.handle_timeout(at);
+            if at > now + SOON {
+                return;
+            }
+        }
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

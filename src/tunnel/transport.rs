@@ -28,7 +28,7 @@ const INCOMING_BYTES_ALL: u64 = 256 << 10;
 pub(super) const STREAMS_FIRST: u32 = 32;
 pub(super) const STREAMS_MOST: u32 = 1024;
 /// A connection without any packet from its peer ends after this.
-const IDLE: Duration = Duration::from_secs(60);
+pub(super) const IDLE: Duration = Duration::from_secs(60);
 /// What a first packet is given before it is sent again, a third of it: RFC 9002's 333 ms would let one
 /// lost Initial cost a second.
 /// The odd nanosecond tells it from a measured one.

@@ -213,14 +213,14 @@ impl Node {
     }
 
     /// Connections take the peer's path where it was set without a switch.
-    pub(super) fn follow(&mut self, name: &str) {
+    pub(super) fn follow(&mut self, now: Instant, name: &str) {
         let Some(peer) = self.peers.get(name) else { return };
         let Some(path) = peer.paths.current() else { return };
         let dialing = peer.dialing;
         for index in self.slots_of(name).into_iter().chain(dialing) {
-            if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path) {
+            if let Some(slot) = self.slots.get_mut(index).filter(|s| s.path != path || s.stranded) {
                 slot.path = path;
-                slot.conn.ping(); // says to the other end where we are
+                slot.prod(now); // says to the other end where we are
                 self.touch(index);
             }
         }

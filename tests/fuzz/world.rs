@@ -76,6 +76,7 @@ impl Cluster {
             relays,
             profile: Profile::Router,
             congestion: Congestion::Auto,
+            relay_limits: Default::default(),
             lan: true,
             gso: 4,
             seed: Some([4; 32]),

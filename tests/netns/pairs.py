@@ -111,6 +111,7 @@ class End:
         self.net, self.number, self.node, self.address, self.kind = net, number, node, address, kind
         self.name, self.vip, self.router = f"edge-{number}", f"10.96.1.{number}", router
         self.agent, self.sinks, self.stops, self.poured = None, {}, {}, {}
+        self.relays = None  # of its bundle; None: all
         self.server = Service(node, FLOW_PORT, self._serve)
 
     @property
@@ -161,7 +162,7 @@ class End:
         self.serving()
 
     def serving(self):
-        wait_for(lambda: self.agent.serving(len(self.net.at)), READY, 0.01,
+        wait_for(lambda: self.agent.serving(len(self.relays or self.net.at)), READY, 0.01,
                  lambda: f"{self.name} serves and is registered; its log:\n{self.agent.tail()}")
 
 
@@ -205,7 +206,7 @@ class Net:
         services = [service(e.name, e.vip, VIP_PORT, [(e.address, e.name)], FLOW_PORT) for e in self.ends]
         for e in self.ends:
             config = {"dns": {"enable": False}, "service": services}
-            e.agent = Agent(e.node, e.name, self.authority.issue(e.name, self.at), config)
+            e.agent = Agent(e.node, e.name, self.authority.issue(e.name, e.relays or self.at), config)
         for relay in self.relays:
             relay.start()
         if edges:

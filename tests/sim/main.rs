@@ -9,6 +9,7 @@ mod pair;
 mod rates;
 mod recall;
 mod relayed;
+mod relays;
 mod strangers;
 mod uplinks;
 mod world;

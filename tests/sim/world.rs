@@ -77,6 +77,8 @@ pub struct World {
     pub loss: f64,
     pub duplicate: f64,
     pub nats: Vec<Nat>,
+    /// What the way between two public addresses takes on top of `delay`.
+    pub far: Vec<(IpAddr, IpAddr, Duration)>,
     pub uplinks: Vec<Uplink>,
     /// Addresses of hosts by which nothing passes.
     pub down: BTreeSet<IpAddr>,
@@ -110,6 +112,7 @@ impl World {
             loss: 0.0,
             duplicate: 0.0,
             nats: Vec::new(),
+            far: Vec::new(),
             uplinks: Vec::new(),
             down: BTreeSet::new(),
             blocked: Vec::new(),
@@ -148,6 +151,7 @@ impl World {
             relays,
             profile: Profile::Router,
             congestion: Congestion::Auto,
+            relay_limits: Default::default(),
             lan: true,
             gso: 10,
             seed: Some(seed),
@@ -287,10 +291,12 @@ impl World {
             }
             return;
         }
+        let between = |(a, b, _): &&(IpAddr, IpAddr, Duration)| [(*a, *b), (*b, *a)].contains(&(from.ip(), to.ip()));
+        let delay = self.delay + self.far.iter().find(between).map_or(Duration::ZERO, |(_, _, more)| *more);
         let copies = 1 + usize::from(self.rng.f64() < self.duplicate);
         for _ in 0..copies {
             self.serial += 1;
-            let at = self.now + self.delay.mul_f64(0.9 + self.rng.f64() * 0.2);
+            let at = self.now + delay.mul_f64(0.9 + self.rng.f64() * 0.2);
             self.flying.push(Reverse((at, self.serial, from, to, bytes.clone())));
         }
     }

@@ -54,8 +54,8 @@ impl Homes {
             self.standby = best(&offers, Some(first)).or(old);
         }
         // Another that stands by is no trouble to anybody.
-        let nearer = |standby| matches!(worth(&offers, standby), Some((relay, true)) if relay != first);
-        if self.standby.is_some_and(nearer) {
+        let others: Vec<Offer> = offers.iter().filter(|o| o.relay != first).copied().collect();
+        if self.standby.is_some_and(|standby| matches!(worth(&others, standby), Some((_, true)))) {
             self.standby = best(&offers, Some(first));
         }
         self.rebalance(now, first, &offers, out, actions);

@@ -214,3 +214,135 @@ impl Up {
         first
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const SEC: Duration = Duration::from_secs(1);
+
+    struct Link {
+        up: Up,
+        now: Instant,
+        rng: fastrand::Rng,
+        rtt: Duration,
+        chosen: bool,
+    }
+
+    impl Link {
+        fn new(rtt: Duration) -> Self {
+            let now = Instant::now();
+            let mut link =
+                Self { up: Up::new(&Key([1; 32]), now), now, rng: fastrand::Rng::with_seed(1), rtt, chosen: true };
+            link.run(SEC, true);
+            link
+        }
+
+        /// The turns of so long, with the time since the start; each PING is answered, or none.
+        fn run(&mut self, most: Duration, answers: bool) -> Vec<(Duration, &'static str)> {
+            let (start, until) = (self.now, self.now + most);
+            let mut said = Vec::new();
+            while self.up.next_ping <= until {
+                self.now = self.now.max(self.up.next_ping);
+                said.push((
+                    self.now - start,
+                    match self.up.turn(self.now, &mut self.rng) {
+                        Turn::Ping(_) => "ping",
+                        Turn::Suspect(_) => "suspect",
+                        Turn::Dead => "dead",
+                    },
+                ));
+                if said.last().is_some_and(|(_, what)| *what == "dead") {
+                    break;
+                }
+                if answers {
+                    let (nonce, sent) = self.up.last_ping.unwrap();
+                    self.now = self.now.max(sent + self.rtt);
+                    self.up.heard(self.now);
+                    self.up.pong(self.now, nonce, "1.2.3.4:5".parse().unwrap(), 0, self.chosen);
+                }
+            }
+            self.now = until;
+            said
+        }
+    }
+
+    #[test]
+    fn pings_are_as_frequent_as_the_use() {
+        let mut link = Link::new(20 * MS);
+        assert!((3..=4).contains(&link.run(100 * SEC, true).len()), "idle");
+        link.up.used(link.now);
+        assert!((8..=11).contains(&link.run(10 * SEC, true).len()), "busy");
+        assert!((9..=11).contains(&link.run(50 * SEC, true).len()), "held");
+        link.chosen = false;
+        link.run(60 * SEC, true);
+        assert_eq!(link.run(600 * SEC, true).len(), 10, "listed");
+        assert!(!link.up.kept);
+    }
+
+    #[test]
+    fn silence_is_suspect_after_a_second_and_the_end_after_three() {
+        for (rtt, suspect, dead) in [(20, 1000, 3000), (600, 1800, 3600)] {
+            let mut link = Link::new(rtt * MS);
+            link.up.used(link.now);
+            let said = link.run(10 * SEC, false);
+            let first = said[0].0;
+            assert!(first <= SEC + MS, "{said:?}");
+            let when = |what| said.iter().find(|(_, w)| *w == what).unwrap().0 - first;
+            let slack = 1000 * MS;
+            assert!(when("suspect") >= suspect * MS && when("suspect") < suspect * MS + slack, "{said:?}");
+            assert!(when("dead") >= dead * MS && when("dead") < dead * MS + slack, "{said:?}");
+        }
+    }
+
+    #[test]
+    fn an_idle_one_is_asked_at_once_when_it_is_used() {
+        let mut link = Link::new(20 * MS);
+        link.run(40 * SEC, true);
+        link.up.used(link.now);
+        assert_eq!(link.run(10 * MS, false).len(), 1);
+    }
+
+    #[test]
+    fn data_from_the_relay_keeps_suspicion_away_and_not_the_end() {
+        let mut link = Link::new(20 * MS);
+        link.up.used(link.now);
+        let mut said = Vec::new();
+        for _ in 0..50 {
+            link.up.heard(link.now);
+            said.extend(link.run(100 * MS, false).into_iter().map(|(_, what)| what));
+            if said.contains(&"dead") {
+                break;
+            }
+        }
+        assert!(!said.contains(&"suspect") && said.contains(&"dead"), "{said:?}");
+    }
+
+    #[test]
+    fn what_never_answers_is_given_up_in_two_seconds() {
+        let now = Instant::now();
+        let rtt = SEC;
+        let mut link =
+            Link { up: Up::new(&Key([1; 32]), now), now, rng: fastrand::Rng::with_seed(1), rtt, chosen: true };
+        let said = link.run(10 * SEC, false);
+        assert_eq!(said.last().unwrap().1, "dead");
+        assert!(said.last().unwrap().0 < 3 * SEC && said.len() == FIRST_PINGS.len() + 1, "{said:?}");
+        assert!(!link.up.usable());
+    }
+
+    #[test]
+    fn a_ghost_is_asked_after_more_and_more_seldom() {
+        let mut link = Link::new(20 * MS);
+        let start = link.now;
+        let mut asked = Vec::new();
+        link.up.next_ping = link.now;
+        while link.up.next_ping < start + 700 * SEC {
+            link.now = link.up.next_ping;
+            link.up.ghost_turn(link.now, &mut link.rng);
+            asked.push(link.now - start);
+        }
+        let within = |a: u32, b: u32| asked.iter().filter(|at| (SEC * a..SEC * b).contains(*at)).count();
+        assert_eq!((within(0, 50), within(100, 200), within(650, 700)), (50, 40, 10));
+    }
+}

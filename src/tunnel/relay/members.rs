@@ -1,7 +1,7 @@
 //! The nodes that are registered at a relay. A node keeps its number when it registers anew, so that flows to
 //! it outlive a new registration and a new address.
 
-use super::directory::Kept;
+use super::{directory::Kept, limits::Bucket};
 use crate::tunnel::{
     control::{Channel, Rank},
     identity::Certificate,
@@ -35,6 +35,10 @@ pub(super) struct Member {
     pub(super) heard: Instant,
     pub(super) rank: Rank,
     pub(super) kept: Kept,
+    /// What is left of its rates.
+    pub(super) data: Bucket,
+    pub(super) opens: Bucket,
+    pub(super) registrations: Bucket,
 }
 
 pub(super) struct Members {
