@@ -10,7 +10,10 @@ mod service;
 
 pub use error::ConfigError;
 
-use crate::tunnel::{RelayLimits, identity::node_name};
+use crate::{
+    carrier::connect::Proxy,
+    tunnel::{RelayLimits, identity::node_name},
+};
 use std::{
     fmt,
     fs::File,
@@ -196,6 +199,10 @@ pub struct TunnelConfig {
     pub congestion: Congestion,
     /// `name@host:port`; those of the bundle are used too.
     pub relays: Vec<RelayName>,
+    /// Where relays listen, and are tried, by TCP; 0: nowhere.
+    pub tcp_fallback: u16,
+    /// The way out for TCP.
+    pub proxy: Option<Proxy>,
 }
 
 /// A relay as the user writes it: `name@host:port`.
