@@ -6,6 +6,7 @@ mod shown;
 
 use crate::{
     admin::{self, Admin, Socket, Views, resolve},
+    api::{self, Api},
     ca,
     clock::{BUILT, Clock},
     config::{Config, PodNames, StaticService},
@@ -70,7 +71,9 @@ pub struct Start {
 /// When a part cannot start or has ended; the text names it.
 pub fn run(start: Start) -> anyhow::Result<()> {
     let executor = Rc::new(LocalExecutor::new());
-    smol::block_on(executor.run(agent(Rc::clone(&executor), start)))
+    // A task, so that not every wake-up of another looks for signals.
+    let agent = executor.spawn(agent(Rc::clone(&executor), start));
+    smol::block_on(executor.run(agent))
 }
 
 /// Removes what a killed agent left in the kernel, and says what that was.
@@ -164,7 +167,8 @@ pub(crate) fn feed(table: &Writer<Table>, services: &[StaticService]) {
 
 /// The sources whose last known state counts until they speak themselves.
 fn restorable(config: &Config) -> Vec<Source> {
-    (!config.kube.manifests.is_empty()).then_some(Source::Manifests).into_iter().collect()
+    let files = (!config.kube.manifests.is_empty()).then_some(Source::Manifests);
+    files.into_iter().chain(config.kube.follows().then_some(Source::Api)).collect()
 }
 
 /// What the agent would call itself.
@@ -204,6 +208,7 @@ pub(crate) struct Wiring {
     /// What the snapshot held.
     pub(crate) restored: Restored,
     manifests: Sources,
+    api: Option<api::Status>,
     /// Of the DNS, or the forwarder, that runs.
     resolver: Rc<RefCell<Option<Resolver>>>,
     dns_port: Option<u16>,
@@ -238,6 +243,7 @@ impl Wiring {
             restored,
             counts: Counts::default(),
             manifests: Sources::default(),
+            api: None,
             resolver: Rc::default(),
             dns_port: None,
             tunnel: Writer::new(None),
@@ -259,6 +265,7 @@ impl Wiring {
         self.weft0()?;
         self.manifests();
         self.dns()?;
+        self.api();
         self.tunnel()?;
         self.proxy()?;
         self.rules().await?;
@@ -309,6 +316,27 @@ impl Wiring {
         self.dns_port = Some(server.port());
         self.tasks.spawn("dns", server.run());
         Ok(())
+    }
+
+    /// After the DNS, which looks up the server's name.
+    pub(crate) fn api(&mut self) {
+        let kube = &self.config.kube;
+        self.api = None;
+        if !kube.follows() {
+            return;
+        }
+        let resolver = Rc::clone(&self.resolver);
+        let lookup: api::Lookup = Rc::new(move |host| {
+            let resolver = resolver.borrow().clone();
+            Box::pin(async move { resolver.context("nobody looks up names")?.lookup(&host).await })
+        });
+        let mut setup = api::Setup::new(Rc::clone(&self.table), self.clock, lookup, self.config.proxy.mark);
+        let dns = &self.config.dns;
+        setup.pod_names = dns.enable && dns.endpoint_pod_names;
+        setup.pods = dns.enable && dns.pods == PodNames::Verified;
+        let api = Api::new(kube, setup);
+        self.api = Some(api.status());
+        self.tasks.spawn("kube", api.run());
     }
 
     fn here(&self) -> Here {
@@ -430,6 +458,7 @@ impl Wiring {
             clock: self.clock,
             table: self.table.reader(),
             manifests: self.manifests.clone(),
+            api: self.api.clone(),
             dns_port: self.dns_port,
             proxy_port: self.proxy.as_ref().map(|(port, _)| *port),
             rules: self.rules.clone(),

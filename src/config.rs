@@ -3,6 +3,7 @@
 
 mod dns;
 mod error;
+mod kube;
 mod raw;
 pub(crate) mod read;
 mod resolve;
@@ -12,6 +13,7 @@ pub use error::ConfigError;
 
 use crate::{
     carrier::connect::Proxy,
+    kube::access::Server,
     tunnel::{RelayLimits, identity::node_name},
 };
 use std::{
@@ -86,8 +88,41 @@ pub struct NodeConfig {
     pub log: log::LevelFilter,
 }
 
+/// Where the API is, unless a kubeconfig says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Api {
+    None,
+    /// A pod's, else that of an agent of k3s or RKE2.
+    Auto,
+    InCluster,
+    Urls(Vec<Server>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerKind {
+    /// KubeEdge's metaServer is told by its port.
+    Auto,
+    ApiServer,
+    MetaServer,
+}
+
+impl KubeConfig {
+    /// Whether an API is to be followed.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        self.api != Api::None || self.kubeconfig.is_some()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct KubeConfig {
+    pub api: Api,
+    pub kubeconfig: Option<PathBuf>,
+    pub token_file: Option<PathBuf>,
+    pub ca_file: Option<PathBuf>,
+    /// What of them is followed; empty: all.
+    pub namespaces: Vec<String>,
+    pub server: ServerKind,
     /// Paths, the last component of each may hold `*`.
     pub manifests: Vec<String>,
 }

@@ -34,7 +34,7 @@ use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     pin::Pin,
-    rc::Rc,
+    rc::{Rc, Weak},
     task::Poll,
     time::{Duration, Instant},
 };
@@ -140,15 +140,17 @@ impl Server {
     /// Where the UDP socket is lost.
     pub async fn run(self) -> anyhow::Result<()> {
         let state = Rc::new(self.state);
-        let tasks = LocalExecutor::new();
-        let open = RefCell::new(Vec::new());
-        let mut parts: Vec<Part<'_>> = vec![Box::pin(tasks.spawn(self.forwarder.run()))];
+        let tasks = Rc::new(LocalExecutor::new());
+        let open = Rc::new(RefCell::new(Vec::new()));
+        // Each a task, so that what wakes one costs no look at the sockets of another.
+        let mut parts = vec![tasks.spawn(self.forwarder.run())];
         for (udp, listener) in self.sockets {
-            parts.push(Box::pin(tasks.spawn(datagrams(Rc::clone(&state), Rc::new(Datagrams(udp))))));
-            parts.push(Box::pin(accept(Rc::clone(&state), listener, &tasks, &open)));
+            parts.push(tasks.spawn(datagrams(Rc::clone(&state), Rc::new(Datagrams(udp)))));
+            parts.push(tasks.spawn(accept(Rc::clone(&state), listener, Rc::downgrade(&tasks), Rc::clone(&open))));
         }
+        // None of them ends while all is well.
         let first = poll_fn(|cx| {
-            let ended = parts.iter_mut().find_map(|part| match part.as_mut().poll(cx) {
+            let ended = parts.iter_mut().find_map(|part| match Pin::new(part).poll(cx) {
                 Poll::Ready(end) => Some(end),
                 Poll::Pending => None,
             });
@@ -157,9 +159,6 @@ impl Server {
         tasks.run(first).await
     }
 }
-
-/// None of them ends while all is well.
-type Part<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;
 
 /// None where the port that UDP got is taken for TCP.
 fn bind_both(ip: IpAddr) -> io::Result<Option<(Async<UdpSocket>, Async<TcpListener>)>> {
@@ -243,7 +242,7 @@ async fn datagrams(state: Rc<State>, udp: Rc<Datagrams>) -> anyhow::Result<()> {
     let at = udp.0.get_ref().local_addr().context("dns: socket")?.ip();
     for turn in 1_u32.. {
         match batch.receive(udp.0.get_ref()) {
-            Ok(_) => {
+            Ok(received) => {
                 batch.each(|message, from, interface, out| {
                     let to = || To { sink: Rc::clone(&udp) as Rc<dyn Sink>, from: Some(from) };
                     state.serves(interface, from.ip() == at) && state.serve(message, Via::Udp, to, out)
@@ -251,6 +250,10 @@ async fn datagrams(state: Rc<State>, udp: Rc<Datagrams>) -> anyhow::Result<()> {
                 // one that the kernel does not take is lost as on the wire; the client asks again
                 if let Err(why) = batch.send(udp.0.get_ref()) {
                     log::debug!("dns: replies: {why}");
+                }
+                // after a single one there is seldom another
+                if received == 1 {
+                    udp.0.readable().await.context("dns: UDP")?;
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => udp.0.readable().await.context("dns: UDP")?,
@@ -301,8 +304,8 @@ impl Sink for Connection {
 async fn accept(
     state: Rc<State>,
     listener: Async<TcpListener>,
-    tasks: &LocalExecutor<'static>,
-    open: &RefCell<Vec<Open>>,
+    tasks: Weak<LocalExecutor<'static>>,
+    open: Rc<RefCell<Vec<Open>>>,
 ) -> anyhow::Result<()> {
     let at = listener.get_ref().local_addr().context("dns: socket")?.ip();
     loop {
@@ -317,7 +320,9 @@ async fn accept(
         if !sys::interface_of(stream.get_ref()).is_ok_and(|i| state.serves(i, from.ip() == at)) {
             continue;
         }
-        admit(&state, stream, tasks, &mut open.borrow_mut());
+        let Some(tasks) = tasks.upgrade() else { return Ok(()) };
+        admit(&state, stream, &tasks, &mut open.borrow_mut());
+        drop(tasks);
         yield_now().await;
     }
 }

@@ -1,12 +1,20 @@
 //! The driver of `[kube] manifests`: reads the files, watches them for changes, and feeds the table.
 
+pub mod access;
 pub mod convert;
 pub mod files;
 mod glob;
+pub mod http;
 pub mod item;
 pub mod json;
+mod known;
 mod loading;
+pub mod resource;
+mod store;
+pub mod tls;
 pub mod types;
+pub mod watcher;
+pub mod yaml;
 
 pub use loading::{ENDPOINTS_MAX, OBJECTS_MAX};
 
@@ -30,7 +38,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How often the files are looked at. A look costs one stat each, and sees what notifications miss: the symlinks by
@@ -64,6 +72,8 @@ pub struct SourceStatus {
     pub objects: usize,
     /// Of kinds that are not read.
     pub skipped: usize,
+    /// Since when it is synced or not, where that is known.
+    pub since: Option<Instant>,
     /// Empty again once it is mended.
     pub last_error: Option<String>,
 }
@@ -302,6 +312,7 @@ impl Manifests {
             synced: file.broken.is_none(),
             objects: file.ids.len(),
             skipped: file.skipped,
+            since: None,
             last_error: file.error().cloned(),
         };
         let of_complaint = |(name, why): (&String, &String)| SourceStatus {

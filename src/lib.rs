@@ -9,13 +9,25 @@
 //! ```text
 //!  [[service]] ─┐                       ┌─► dns    ── answers, or asks the upstreams
 //!  manifests  ──┼─► Change ─► Table ────┼─► rules  ── iptables-restore, weft0, routes
-//!  (API later) ─┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
+//!  API        ──┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
 //!  snapshot   ──┘                       └─► snapshot  ▲           │      (its own thread writes)
 //!                        serve_remote ─────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
 //!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons
 //! ```
+//!
+//! # The Kubernetes client
+//!
+//! `api` drives one `kube::watcher::Watcher` for each resource (and namespace): bytes go in, requests and timers come
+//! out, and what the bytes say goes through `kube::store` straight into the table, item by item. `kube::http` frames
+//! answers, `kube::json` cuts objects out of them, `kube::known` tells metaServer's own store from the cloud behind it,
+//! `kube::access` is what a kubeconfig says. `conn` is a connection, `credentials` reads files that others rotate.
+//!
+//! Where this differs from the first design: a list is swept by what it named, and not by generations, for each resource
+//! lists by itself; rustls is driven by hand, as it is without IO itself; TLS 1.3 alone is spoken; bodies are never
+//! compressed. After a connection that broke the server's version is looked at (one object), for one that was restored
+//! from a backup answers a watch from its lost future with silence.
 //!
 //! # The tunnel
 //!
@@ -44,6 +56,7 @@
 //! has registered under that key, and a relay that lies of it gains no more than by its silence.
 
 pub mod admin;
+pub mod api;
 pub mod app;
 pub mod backoff;
 pub mod ca;
@@ -52,7 +65,9 @@ pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod config;
+mod conn;
 pub mod conntrack;
+mod credentials;
 pub mod detour;
 pub mod disk;
 pub mod dns;

@@ -139,6 +139,19 @@ impl Wiring {
                 }
             }
         }
+        if plan.kube {
+            if let Some(before) = self.tasks.take("kube") {
+                before.cancel().await;
+            }
+            self.api();
+            if !self.config.kube.follows() {
+                self.table.update(|t| {
+                    t.apply(Change::Begin(Source::Api));
+                    t.apply(Change::Complete(Source::Api));
+                });
+                self.table.ring();
+            }
+        }
         if plan.tunnel {
             self.tunnel_anew(&old, bundle).await;
         }

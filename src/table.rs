@@ -3,16 +3,19 @@
 pub mod balance;
 mod index;
 pub mod model;
-mod names;
+pub mod packed;
 mod pods;
+mod pool;
 mod reduce;
+pub mod scope;
 pub mod snapshot;
 pub mod statics;
 #[cfg(test)]
 mod tests;
 
 use index::Index;
-use model::{Endpoint, Name, NodeInfo, Protocol, Service, ServiceId, Slice, Source};
+use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServicePort, SliceId, SlicePort, Source};
+use packed::{About, EndpointRef, StoredSlice};
 use std::{collections::BTreeMap, net::IpAddr};
 
 /// One object of one source, with the generation of the list that named it last.
@@ -29,8 +32,9 @@ type Versions<T> = Vec<Entry<T>>;
 /// A Service, in all its versions, and its slices by name and source. Slices may come before their Service.
 #[derive(Debug, Default)]
 struct Record {
+    id: ServiceId,
     services: Versions<Service>,
-    slices: Vec<Entry<Slice>>,
+    slices: Vec<Entry<StoredSlice>>,
 }
 
 impl Record {
@@ -43,12 +47,16 @@ impl Record {
         Some(&self.services.last()?.value)
     }
 
+    fn slice_id(&self, slice: &StoredSlice) -> SliceId {
+        SliceId { namespace: self.id.namespace.clone(), name: slice.name.clone() }
+    }
+
     /// Endpoints objects count only where there is no EndpointSlice.
-    fn visible_slices(&self) -> impl Iterator<Item = &Slice> + Clone {
+    fn visible_slices(&self) -> impl Iterator<Item = &StoredSlice> + Clone {
         let source = self.source();
         let of_source = self.slices.iter().filter(move |e| Some(e.source) == source).map(|e| &e.value);
-        let sliced = of_source.clone().any(|s| !s.id.is_subset());
-        of_source.filter(move |s| !(sliced && s.id.is_subset()))
+        let sliced = of_source.clone().any(|s| !s.is_subset());
+        of_source.filter(move |s| !(sliced && s.is_subset()))
     }
 }
 
@@ -81,7 +89,10 @@ pub struct Table {
     /// Slices' ids with their source -> slot: for deletes, and for slices that change their label.
     by_slice: Index,
     lists: BTreeMap<Source, reduce::List>,
-    names: names::Names,
+    names: pool::Pool<str>,
+    abouts: pool::Pool<About>,
+    service_ports: pool::Recent<ServicePort>,
+    slice_ports: pool::Recent<SlicePort>,
     version: u64,
 }
 
@@ -154,7 +165,10 @@ impl Table {
 
     /// Every endpoint of a Service with the slice that names it, from the source that names the Service. An address
     /// that stands in two slices with the same ports comes once, in its better state.
-    pub fn endpoints<'t>(&'t self, id: &ServiceId) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
+    pub fn endpoints<'t>(
+        &'t self,
+        id: &ServiceId,
+    ) -> impl Iterator<Item = (&'t StoredSlice, EndpointRef<'t>)> + use<'t> {
         self.record(id).into_iter().flat_map(move |(slot, record)| self.endpoints_of(slot, record))
     }
 
@@ -162,17 +176,17 @@ impl Table {
         &'t self,
         slot: u32,
         record: &'t Record,
-    ) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
+    ) -> impl Iterator<Item = (&'t StoredSlice, EndpointRef<'t>)> + use<'t> {
         let slices = record.visible_slices();
         let several = slices.clone().nth(1).is_some();
-        slices.clone().flat_map(|slice| slice.endpoints.iter().map(move |e| (slice, e))).filter(move |(slice, e)| {
+        slices.clone().flat_map(|slice| slice.endpoints().map(move |e| (slice, e))).filter(move |(slice, e)| {
             let twins = || self.by_endpoint.count(index::of_address(e.address), endpoint_slot(slot, slice));
-            !several || twins() < 2 || is_best(slices.clone(), slice, e)
+            !several || twins() < 2 || is_best(slices.clone(), slice, *e)
         })
     }
 
     /// The endpoints of an address, for reverse look-ups.
-    pub fn by_endpoint(&self, address: IpAddr) -> impl Iterator<Item = (&Service, &Endpoint)> {
+    pub fn by_endpoint(&self, address: IpAddr) -> impl Iterator<Item = (&Service, EndpointRef<'_>)> {
         let mut last = None;
         self.by_endpoint
             .slots(index::of_address(address))
@@ -217,21 +231,21 @@ impl Table {
 
     /// The port of a slice that a Service's port stands for: joined by name and protocol.
     #[must_use]
-    pub fn target_port(slice: &Slice, name: &str, protocol: Protocol) -> Option<u16> {
+    pub fn target_port(slice: &StoredSlice, name: &str, protocol: Protocol) -> Option<u16> {
         slice.ports.iter().find(|p| &*p.name == name && p.protocol == protocol).map(|p| p.number)
     }
 }
 
-fn endpoint_slot(slot: u32, slice: &Slice) -> u32 {
-    2 * slot + u32::from(slice.id.is_subset())
+fn endpoint_slot(slot: u32, slice: &StoredSlice) -> u32 {
+    2 * slot + u32::from(slice.is_subset())
 }
 
 /// Whether this is the first in the best state of all endpoints with its address and ports.
-fn is_best<'t>(slices: impl Iterator<Item = &'t Slice>, slice: &Slice, endpoint: &Endpoint) -> bool {
-    let state = |e: &Endpoint| (e.ready, e.serving, !e.terminating);
-    let twins = slices
-        .filter(|s| s.ports == slice.ports)
-        .filter_map(|s| s.endpoints.iter().find(|e| e.address == endpoint.address));
-    let best = twins.reduce(|best, e| if state(e) > state(best) { e } else { best });
-    best.is_some_and(|best| std::ptr::eq(best, endpoint))
+fn is_best<'t>(slices: impl Iterator<Item = &'t StoredSlice>, slice: &StoredSlice, endpoint: EndpointRef<'_>) -> bool {
+    let twins = slices.filter(|s| s.ports == slice.ports).filter_map(|s| {
+        let twin = s.endpoints().find(|e| e.address == endpoint.address)?;
+        Some((s, (twin.ready, twin.serving, !twin.terminating)))
+    });
+    let best = twins.reduce(|best, twin| if twin.1 > best.1 { twin } else { best });
+    best.is_some_and(|(best, _)| std::ptr::eq(best, slice))
 }

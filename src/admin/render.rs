@@ -27,10 +27,16 @@ pub fn status(s: &Status) -> String {
     let synced = if s.synced { "" } else { ", not complete yet" };
     line("table", format!("{} services, {} endpoints, {} nodes{synced}", s.services, s.endpoints, s.nodes));
     for source in &s.sources {
+        let since = match (source.synced, source.since_secs) {
+            (_, None) => String::new(),
+            (true, Some(secs)) => format!(", synced for {}", span(secs)),
+            (false, Some(secs)) => format!(", not synced for {}", span(secs)),
+        };
         let state = match (source.error.as_str(), source.synced) {
-            ("", true) => String::new(),
-            ("", false) => ", not read yet".into(),
-            (error, _) => format!(", {error}"),
+            ("", true) => since,
+            ("", false) if since.is_empty() => ", not read yet".into(),
+            ("", false) => since,
+            (error, _) => format!("{since}, {error}"),
         };
         line("source", format!("{}: {} objects{state}", source.name, source.objects));
     }

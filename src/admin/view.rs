@@ -35,13 +35,15 @@ pub struct Status {
     pub warnings: Vec<String>,
 }
 
-/// What feeds the table: `[[service]]`, or a file of `[kube] manifests`.
+/// What feeds the table: `[[service]]`, a file of `[kube] manifests`, or a resource of the API.
 #[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
 pub struct Source {
     pub name: String,
     /// Whether what it holds now is in the table.
     pub synced: bool,
     pub objects: usize,
+    /// For how long it is synced or not; none: that is not known.
+    pub since_secs: Option<u64>,
     /// Empty: none.
     pub error: String,
 }

@@ -6,6 +6,7 @@ use crate::config::{Config, PodNames};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) manifests: bool,
+    pub(crate) kube: bool,
     pub(crate) dns: bool,
     pub(crate) tunnel: bool,
     pub(crate) proxy: bool,
@@ -14,8 +15,15 @@ pub(crate) struct Plan {
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { manifests, dns, tunnel, proxy, rules } = *self;
-        let parts = [(manifests, "manifests"), (dns, "dns"), (tunnel, "tunnel"), (proxy, "proxy"), (rules, "rules")];
+        let Self { manifests, kube, dns, tunnel, proxy, rules } = *self;
+        let parts = [
+            (manifests, "manifests"),
+            (kube, "kube"),
+            (dns, "dns"),
+            (tunnel, "tunnel"),
+            (proxy, "proxy"),
+            (rules, "rules"),
+        ];
         let named: Vec<&str> = parts.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
         if named.is_empty() { Ok(()) } else { write!(f, "; begun anew: {}", named.join(", ")) }
     }
@@ -52,8 +60,12 @@ pub(crate) fn plan(old: &Config, new: &Config, bundle: bool) -> Plan {
     // The drain counts at the end alone.
     let mut same = new.proxy.clone();
     same.drain = old.proxy.drain;
+    // Who follows an API does not care for files, and the other way round.
+    let mut same_api = new.kube.clone();
+    same_api.manifests.clone_from(&old.kube.manifests);
     Plan {
-        manifests: old.kube != new.kube || pods(old) != pods(new),
+        manifests: old.kube.manifests != new.kube.manifests || pods(old) != pods(new),
+        kube: old.kube != same_api || pods(old) != pods(new) && (old.kube.follows() || new.kube.follows()),
         dns,
         tunnel: old.tunnel != new.tunnel || old.relay != new.relay || bundle,
         proxy,
@@ -80,6 +92,13 @@ mod tests {
             ("", "", ""),
             ("", "node.log = \"debug\"\n[[service]]\nname = \"a\"\nports = [{ port = 1 }]", ""),
             ("", "kube.manifests = [\"/a\"]", "manifests"),
+            ("", "kube.api = \"http://127.0.0.1:10550\"", "kube"),
+            ("kube.api = \"in-cluster\"", "kube.api = \"in-cluster\"\nkube.namespaces = [\"a\"]", "kube"),
+            (
+                "kube.api = \"in-cluster\"",
+                "kube.api = \"in-cluster\"\ndns.pods = \"verified\"",
+                "manifests kube dns rules",
+            ),
             ("", "dns.ttl = 5", "dns rules"),
             ("", "dns.pods = \"verified\"", "manifests dns rules"),
             ("", "dns.enable = false", "dns rules"),
@@ -97,7 +116,7 @@ mod tests {
             assert_eq!(parts(new, old), expected, "{new:?} -> {old:?}");
         }
         let all = plan(&config(""), &config(""), true);
-        assert_eq!(all, Plan { manifests: false, dns: true, tunnel: true, proxy: true, rules: true });
+        assert_eq!(all, Plan { manifests: false, kube: false, dns: true, tunnel: true, proxy: true, rules: true });
     }
 
     #[test]

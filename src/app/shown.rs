@@ -3,6 +3,7 @@
 use super::checks;
 use crate::{
     admin::view,
+    api,
     clock::Clock,
     config::Config,
     kube::Sources,
@@ -22,6 +23,7 @@ pub(super) struct Shown {
     pub(super) clock: Clock,
     pub(super) table: Reader<Table>,
     pub(super) manifests: Sources,
+    pub(super) api: Option<api::Status>,
     pub(super) dns_port: Option<u16>,
     pub(super) proxy_port: Option<u16>,
     pub(super) rules: Option<Reader<rules::Status>>,
@@ -66,15 +68,19 @@ impl Shown {
             name: "[[service]]".into(),
             synced: true,
             objects,
+            since_secs: None,
             error: String::new(),
         });
-        let manifests = self.manifests.list().into_iter().map(|s| view::Source {
+        let now = self.clock.now();
+        let api = self.api.iter().flat_map(api::Status::list);
+        let followed = self.manifests.list().into_iter().chain(api).map(|s| view::Source {
             name: s.name,
             synced: s.synced,
             objects: s.objects,
+            since_secs: s.since.map(|at| now.saturating_duration_since(at).as_secs()),
             error: s.last_error.unwrap_or_default(),
         });
-        config.into_iter().chain(manifests).collect()
+        config.into_iter().chain(followed).collect()
     }
 
     pub(super) fn warnings(&self) -> Vec<String> {

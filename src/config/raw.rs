@@ -29,6 +29,12 @@ tables! {
     }
 
     pub(super) struct RawKube {
+        pub(super) api: Text,
+        pub(super) kubeconfig: Text,
+        pub(super) token_file: Text,
+        pub(super) ca_file: Text,
+        pub(super) namespaces: Option<Vec<Spanned<String>>>,
+        pub(super) server: Text,
         pub(super) manifests: Option<Vec<Spanned<String>>>,
     }
 

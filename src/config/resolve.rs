@@ -53,7 +53,7 @@ impl Default for Config {
                 bundle: None,
                 log: LevelFilter::Info,
             },
-            kube: KubeConfig { manifests: Vec::new() },
+            kube: KubeConfig::default(),
             dns: DnsConfig::default(),
             proxy: ProxyConfig {
                 enable: true,
@@ -92,7 +92,7 @@ impl Config {
         let put = Put { text };
         let mut c = Self::default();
         put.node(&mut c.node, raw.node)?;
-        put.list(&mut c.kube.manifests, "kube.manifests", raw.kube.manifests, "a path", |s| path(s).map(|_| s.into()))?;
+        put.kube(&mut c.kube, raw.kube)?;
         put.dns(&mut c.dns, raw.dns)?;
         put.proxy(&mut c.proxy, raw.proxy)?;
         let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
@@ -109,7 +109,7 @@ impl Config {
 }
 
 const SOCKET: &str = "an absolute path of up to 107 bytes";
-const PATH: &str = "an absolute path";
+pub(super) const PATH: &str = "an absolute path";
 
 /// Puts the file's values in the places of the defaults.
 pub(super) struct Put<'t> {
@@ -288,7 +288,7 @@ fn interface(text: &str) -> Option<String> {
 }
 
 /// An absolute path, without NUL, which no system call takes.
-fn path(text: &str) -> Option<PathBuf> {
+pub(super) fn path(text: &str) -> Option<PathBuf> {
     (text.starts_with('/') && !text.contains('\0')).then(|| text.into())
 }
 

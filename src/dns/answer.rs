@@ -9,7 +9,8 @@ use crate::{
     table::{
         Table,
         balance::Nearness,
-        model::{Endpoint, Protocol, Service, ServiceKind, Slice},
+        model::{Protocol, Service, ServiceKind},
+        packed::{EndpointRef, StoredSlice},
     },
 };
 use std::net::IpAddr;
@@ -169,9 +170,9 @@ struct Target {
 }
 
 impl Target {
-    fn new(endpoint: &Endpoint, pod_names: bool, port: u16) -> Self {
+    fn new(endpoint: EndpointRef<'_>, pod_names: bool, port: u16) -> Self {
         let mut room = [0; 48];
-        let name = endpoint_label(endpoint, pod_names, &mut room).as_bytes();
+        let name = endpoint_label(&endpoint, pod_names, &mut room).as_bytes();
         let mut it = Self { label: [0; 63], length: name.len().min(63) as u8, port, address: endpoint.address, at: 0 };
         it.label.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
         it
@@ -358,7 +359,7 @@ impl<'t> Writer<'_, 't> {
     fn endpoint_addresses(&mut self, service: &Service, name: Option<&str>) -> Step<'t> {
         let mut addresses = std::mem::take(self.addresses);
         let address = name.and_then(pod_address);
-        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(e, n, address)));
+        let named = self.ready(service).map(|(_, e)| e).filter(|e| name.is_none_or(|n| self.called(*e, n, address)));
         addresses.extend(named.map(|e| (self.table.nearness(&self.zone.here, e), e.address)));
         addresses.sort_unstable_by_key(|(near, address)| (*address, *near));
         addresses.dedup_by_key(|(_, address)| *address);
@@ -377,18 +378,18 @@ impl<'t> Writer<'_, 't> {
         step
     }
 
-    fn ready(&self, service: &Service) -> impl Iterator<Item = (&'t Slice, &'t Endpoint)> + use<'t> {
+    fn ready(&self, service: &Service) -> impl Iterator<Item = (&'t StoredSlice, EndpointRef<'t>)> + use<'t> {
         self.table.endpoints(&service.id).filter(|(_, e)| e.ready)
     }
 
     /// `address` is the one that the name spells: an address is compared sooner than written.
-    fn called(&self, endpoint: &Endpoint, name: &str, address: Option<IpAddr>) -> bool {
+    fn called(&self, endpoint: EndpointRef<'_>, name: &str, address: Option<IpAddr>) -> bool {
         let by_name = endpoint.hostname.is_some() || self.zone.pod_names && endpoint.pod.is_some();
         let plain = endpoint.address.to_canonical() == endpoint.address;
         if !by_name && plain && address != Some(endpoint.address) {
             return false;
         }
-        endpoint_label(endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
+        endpoint_label(&endpoint, self.zone.pod_names, &mut [0; 48]).eq_ignore_ascii_case(name)
     }
 
     fn service(&mut self, service: &'t Service) -> Step<'t> {
@@ -495,7 +496,7 @@ impl<'t> Writer<'_, 't> {
             return Step::Done;
         }
         let table = self.table;
-        let told = |(s, e): &(&Service, &Endpoint)| e.ready && zone.shows(&s.id.namespace);
+        let told = |(s, e): &(&Service, EndpointRef<'_>)| e.ready && zone.shows(&s.id.namespace);
         let all = || table.by_endpoint(address).filter(told).take(NAMES_MAX);
         for (i, (service, endpoint)) in all().enumerate() {
             if all().take(i).any(|(s, e)| s.id == service.id && e.hostname == endpoint.hostname) {
@@ -506,7 +507,7 @@ impl<'t> Writer<'_, 't> {
                 break;
             }
             let mut room = [0; 48];
-            let name = endpoint_label(endpoint, zone.pod_names, &mut room);
+            let name = endpoint_label(&endpoint, zone.pod_names, &mut room);
             self.record(Section::Answer, kind::PTR, |out| service_name(out, service, Some(name), zone));
         }
         match (some, self.kind) {

@@ -4,10 +4,7 @@ use super::wire::{NAME_MAX, encode_name};
 use crate::sorted::Set;
 use crate::{
     config::{DnsConfig, PodNames},
-    table::{
-        balance::Here,
-        model::{Endpoint, Protocol},
-    },
+    table::{balance::Here, model::Protocol, packed::EndpointRef},
 };
 use anyhow::Context as _;
 use std::{
@@ -270,7 +267,7 @@ impl Lower {
 
 /// The name of an endpoint below its Service: its hostname, its Pod's name where that is wanted and is a label, else
 /// its address with dashes. Written into `room`.
-pub fn endpoint_label<'r>(endpoint: &'r Endpoint, pod_names: bool, room: &'r mut [u8; 48]) -> &'r str {
+pub fn endpoint_label<'r>(endpoint: &'r EndpointRef<'_>, pod_names: bool, room: &'r mut [u8; 48]) -> &'r str {
     if let Some(hostname) = &endpoint.hostname {
         return hostname;
     }
@@ -292,6 +289,7 @@ pub fn endpoint_label<'r>(endpoint: &'r Endpoint, pod_names: bool, room: &'r mut
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::packed::About;
 
     fn zone() -> Zone {
         Zone::new(&DnsConfig::default(), 0).unwrap()
@@ -347,8 +345,7 @@ mod tests {
             ("fd00:244:0:0:1::", "fd00-244-0-0-1--0"),
             ("fd00:1:2:3:4:5:6:0", "fd00-1-2-3-4-5-6-0"),
         ] {
-            let endpoint = Endpoint {
-                address: text.parse().unwrap(),
+            let about = About {
                 hostname: None,
                 node: None,
                 zone: None,
@@ -357,6 +354,7 @@ mod tests {
                 serving: true,
                 terminating: false,
             };
+            let endpoint = EndpointRef::new(text.parse().unwrap(), &about);
             assert_eq!(endpoint_label(&endpoint, false, &mut [0; 48]), want);
         }
     }

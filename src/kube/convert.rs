@@ -2,8 +2,8 @@
 
 use super::types;
 use crate::table::model::{
-    Affinity, Endpoint, Name, NodeInfo, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort, Slice,
-    SliceId, SlicePort,
+    Addresses, Affinity, Endpoint, Name, NodeInfo, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort,
+    Slice, SliceId, SlicePort,
 };
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -190,8 +190,8 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
         id,
         kind,
         vips,
-        external_ips,
-        ports,
+        external_ips: external_ips.into(),
+        ports: ports.into(),
         affinity: affinity(&spec)?,
         local_only: match spec.internal_policy.as_deref() {
             None | Some("" | "Cluster") => false,
@@ -205,7 +205,7 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
     })
 }
 
-fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(ServiceKind, Vec<IpAddr>), Bad> {
+fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(ServiceKind, Addresses), Bad> {
     match spec.kind.as_deref() {
         Some("ExternalName") => {
             // It is answered as it stands: upper case and underscores are legal in the DNS, a dot may end it.
@@ -214,7 +214,7 @@ fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(Servic
             if name.is_empty() || name.len() > 254 || !name.bytes().all(legal) {
                 return Err(Bad::new("spec.externalName", format!("{} is no name of the DNS", quote(name))));
             }
-            return Ok((ServiceKind::External(names(name)), Vec::new()));
+            return Ok((ServiceKind::External(names(name)), Vec::new().into()));
         }
         None | Some("" | "ClusterIP" | "NodePort" | "LoadBalancer") => {}
         Some(other) => return Err(Bad::new("spec.type", format!("{} is not known", quote(other)))),
@@ -223,7 +223,7 @@ fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(Servic
     let one = spec.cluster_ip.as_slice();
     let (ips, plural) = several.map_or((one, false), |ips| (ips, true));
     if ips.iter().any(|ip| ip == "None") {
-        return Ok((ServiceKind::Headless, Vec::new()));
+        return Ok((ServiceKind::Headless, Vec::new().into()));
     }
     let field = |at| if plural { format!("spec.clusterIPs[{at}]") } else { "spec.clusterIP".into() };
     let allocated = ips.iter().enumerate().filter(|(_, ip)| !ip.is_empty());
@@ -335,7 +335,7 @@ pub fn slice(
         }
     }
     let ports = slice_ports("ports", raw.ports.as_deref().unwrap_or_default(), names)?;
-    Ok(Some(Slice { id, service: names(&service), ports, endpoints }))
+    Ok(Some(Slice { id, service: names(&service), ports: ports.into(), endpoints }))
 }
 
 /// A slice for each subset.
@@ -372,7 +372,7 @@ pub fn subsets(
         let ports =
             slice_ports(&format!("subsets[{index}].ports"), subset.ports.as_deref().unwrap_or_default(), names)?;
         let slice_id = SliceId::of_subset(id.namespace.clone(), &id.name, index);
-        slices.push(Slice { id: slice_id, service: id.name.clone(), ports, endpoints });
+        slices.push(Slice { id: slice_id, service: id.name.clone(), ports: ports.into(), endpoints });
     }
     Ok(slices)
 }

@@ -35,8 +35,9 @@ pub enum Read {
     Bad(Trouble),
 }
 
+/// The kinds that become objects of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     Service,
     EndpointSlice,
     Endpoints,
@@ -94,6 +95,37 @@ pub fn read(piece: &Piece<'_>, names: Intern<'_>) -> Read {
     }
 }
 
+/// An object of a kind that its request says: what it says itself of its kind is of no account.
+pub struct One {
+    identity: Identity,
+    /// Tells it from another that had the same name.
+    pub uid: String,
+    /// Its resourceVersion.
+    pub version: String,
+}
+
+impl One {
+    /// # Errors
+    /// Where it has no name that can be used.
+    pub fn of(kind: Kind, text: &str, names: Intern<'_>) -> Result<Self, Bad> {
+        let head = types::Head::deserialize_json(text).map_err(|error| explain(text, &error))?;
+        let meta = head.metadata.unwrap_or_default();
+        let identity = identify(kind, &meta, names)?;
+        Ok(Self { identity, uid: meta.uid.unwrap_or_default(), version: meta.version.unwrap_or_default() })
+    }
+
+    /// All that it may have in the table.
+    #[must_use]
+    pub fn ids(&self) -> Vec<ObjectId> {
+        self.identity.would_be()
+    }
+
+    /// The text must be the one of [`One::of`].
+    pub fn read(&self, text: &str, names: Intern<'_>) -> Read {
+        self.identity.read(text, names)
+    }
+}
+
 struct Identity {
     kind: Kind,
     /// Empty for nodes.
@@ -112,7 +144,12 @@ fn identify(kind: Kind, meta: &types::Meta, names: Intern<'_>) -> Result<Identit
         }
     };
     check_name("metadata.name", name, kind == Kind::Service)?;
-    Ok(Identity { kind, namespace: names(namespace), name: names(name) })
+    let name = match kind {
+        Kind::Service | Kind::Endpoints | Kind::Node => names(name),
+        // Nothing else has these names.
+        Kind::EndpointSlice | Kind::Pod => name.into(),
+    };
+    Ok(Identity { kind, namespace: names(namespace), name })
 }
 
 impl Identity {

@@ -13,6 +13,9 @@ pub const OBJECTS_MAX: usize = 65_536;
 /// Endpoints of all files together; slices beyond are left out with an error.
 pub const ENDPOINTS_MAX: usize = 262_144;
 
+/// Pages of one list; one with more is given up.
+pub(super) const PAGES_MAX: u32 = 4_096;
+
 /// What is wrong with the items of one file: the first, and how many.
 #[derive(Debug, Default)]
 pub(super) struct Troubles {
@@ -21,7 +24,7 @@ pub(super) struct Troubles {
 }
 
 impl Troubles {
-    fn note(&mut self, text: impl ToString) {
+    pub(super) fn note(&mut self, text: impl ToString) {
         if self.first.is_none() {
             self.first = Some(text.to_string());
         }

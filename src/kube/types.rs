@@ -10,11 +10,14 @@ pub const KEEP: &[&str] = &[
     "address",
     "addressType",
     "addresses",
+    "annotations",
     "apiVersion",
     "clientIP",
     "clusterIP",
     "clusterIPs",
+    "code",
     "conditions",
+    "continue",
     "deletionTimestamp",
     "endpoints",
     "externalIPs",
@@ -24,6 +27,7 @@ pub const KEEP: &[&str] = &[
     "internalTrafficPolicy",
     "ip",
     "ipMode",
+    "k8s.io/initial-events-end",
     "kind",
     "kubernetes.io/service-name",
     "labels",
@@ -35,6 +39,7 @@ pub const KEEP: &[&str] = &[
     "nodeName",
     "nodePort",
     "notReadyAddresses",
+    "object",
     "phase",
     "podIP",
     "podIPs",
@@ -42,6 +47,8 @@ pub const KEEP: &[&str] = &[
     "ports",
     "protocol",
     "ready",
+    "reason",
+    "resourceVersion",
     "service.edgemesh.kubeedge.io/service-proxy-name",
     "service.kubernetes.io/headless",
     "service.kubernetes.io/service-proxy-name",
@@ -56,6 +63,7 @@ pub const KEEP: &[&str] = &[
     "timeoutSeconds",
     "topology.kubernetes.io/zone",
     "type",
+    "uid",
     "zone",
 ];
 
@@ -93,12 +101,28 @@ pub struct Head {
 pub struct Meta {
     pub name: Option<String>,
     pub namespace: Option<String>,
+    pub uid: Option<String>,
+    #[nserde(rename = "resourceVersion")]
+    pub version: Option<String>,
+    /// Of a list: the next page begins here.
+    #[nserde(rename = "continue")]
+    pub next: Option<String>,
+    pub annotations: Option<Annotations>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct Annotations {
+    /// Of a bookmark: what there was when the watch began has been sent.
+    #[nserde(rename = "k8s.io/initial-events-end")]
+    pub initial_events_end: Option<String>,
 }
 
 /// What is read of a `Status`, the API server's error.
 #[derive(Debug, Default, DeJson)]
 pub struct Status {
     pub message: Option<String>,
+    pub reason: Option<String>,
+    pub code: Option<Int>,
 }
 
 #[derive(Debug, Default, DeJson)]

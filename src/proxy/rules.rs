@@ -146,7 +146,7 @@ impl Desired {
         }
         if let Some(proxy) = ports.proxy {
             for service in proxied(table) {
-                for port in &service.ports {
+                for port in &*service.ports {
                     let served = udp::served(table, &service.id, &port.name, port.protocol);
                     // An SCTP port, and an UDP port that has no socket yet, are left to whoever else does them.
                     let action = match (port.protocol, served) {
@@ -190,10 +190,10 @@ pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Por
     let proxied = proxied(table).filter(|_| ports.proxy.is_some());
     let mut vips: Set<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
     vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own)));
-    let nodes = table.nodes().flat_map(|n| &n.addresses);
-    let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| &e.address);
+    let nodes = table.nodes().flat_map(|n| n.addresses.iter().copied());
+    let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| e.address);
     let taken = nodes.chain(endpoints).filter_map(|ip| match ip {
-        IpAddr::V4(v4) => Some(Prefix::host(*v4)),
+        IpAddr::V4(v4) => Some(Prefix::host(v4)),
         IpAddr::V6(_) => None,
     });
     let avoid = taken.filter(|p| !vips.contains(&p.address())).collect();
@@ -228,9 +228,9 @@ mod tests {
         let mut service = Service {
             id: id.clone(),
             kind: ServiceKind::ClusterIp,
-            vips: vec![vip.parse().unwrap()],
-            external_ips: vec!["203.0.113.7".parse().unwrap()],
-            ports: vec![ServicePort { name: "".into(), number: 80, protocol, node_port: 0 }],
+            vips: vec![vip.parse().unwrap()].into(),
+            external_ips: ["203.0.113.7".parse().unwrap()].into(),
+            ports: [ServicePort { name: "".into(), number: 80, protocol, node_port: 0 }].into(),
             affinity: Affinity::None,
             local_only: false,
             not_proxied: false,
@@ -250,7 +250,7 @@ mod tests {
         let slice = Slice {
             id: SliceId { namespace: "default".into(), name: name.into() },
             service: name.into(),
-            ports: vec![SlicePort { name: "".into(), number: 8080, protocol }],
+            ports: [SlicePort { name: "".into(), number: 8080, protocol }].into(),
             endpoints: vec![endpoint],
         };
         table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
@@ -309,7 +309,7 @@ mod tests {
         for (ready, other) in [(true, Action::Redirect(4000)), (false, Action::Refuse)] {
             let mut table = Table::default();
             add(&mut table, "kube-dns", "10.96.0.10", Protocol::Tcp, ready, |s| {
-                s.ports = vec![port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)];
+                s.ports = [port(53, Protocol::Udp), port(53, Protocol::Tcp), port(9153, Protocol::Tcp)].into();
             });
             let mut ports = Ports { take_over: Some(("default".into(), "kube-dns".into())), ..PORTS };
             let ours = |protocol| ("10.96.0.10".into(), 53, protocol, Action::Redirect(5300));

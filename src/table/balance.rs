@@ -2,7 +2,8 @@
 
 use super::{
     Table,
-    model::{Affinity, Endpoint, Name, Protocol, Service, ServiceId, ServicePort},
+    model::{Affinity, Name, Protocol, Service, ServiceId, ServicePort},
+    packed::{About, EndpointRef},
 };
 use crate::config::Policy;
 use crate::sorted::Set;
@@ -229,13 +230,13 @@ impl Table {
         let zone = self.own_zone(here);
         // internalTrafficPolicy is about the virtual addresses only.
         let local_only = service.local_only && service.vips.contains(&ask.destination.ip());
-        let distance = |endpoint: &Endpoint, place| {
+        let distance = |endpoint: EndpointRef<'_>, place| {
             let near = |nearness: &Nearness| match nearness {
                 Nearness::Node => place == Place::Here,
                 Nearness::Zone => match place {
                     Place::Here => true,
                     Place::Direct if endpoint.node.is_some() => true,
-                    Place::Direct | Place::Far(_) => zone.is_some() && self.zone_of(endpoint) == zone,
+                    Place::Direct | Place::Far(_) => zone.is_some() && self.zone_of(endpoint.about()) == zone,
                 },
                 Nearness::Any => true,
             };
@@ -260,8 +261,8 @@ impl Table {
 
     /// Sites behind NATs often have the same private addresses, so an endpoint without a node is another node's only
     /// where exactly one node has its address.
-    fn place<'t>(&'t self, here: &Here, endpoint: &'t Endpoint) -> Place<'t> {
-        let node = match (&endpoint.node, self.nodes_with(endpoint.address)) {
+    fn place<'t>(&'t self, here: &Here, endpoint: EndpointRef<'t>) -> Place<'t> {
+        let node = match (&endpoint.about().node, self.nodes_with(endpoint.address)) {
             (Some(node), _) | (None, [node]) => node,
             (None, several) if several.contains(&here.node) => return Place::Here,
             (None, _) => return Place::Direct,
@@ -277,12 +278,12 @@ impl Table {
 
     /// How near an endpoint is, for the order of DNS answers.
     #[must_use]
-    pub fn nearness(&self, here: &Here, endpoint: &Endpoint) -> Nearness {
+    pub fn nearness(&self, here: &Here, endpoint: EndpointRef<'_>) -> Nearness {
         match self.place(here, endpoint) {
             Place::Here => Nearness::Node,
             Place::Direct if endpoint.node.is_some() => Nearness::Zone,
             Place::Direct | Place::Far(_) => match self.own_zone(here) {
-                Some(zone) if self.zone_of(endpoint) == Some(zone) => Nearness::Zone,
+                Some(zone) if self.zone_of(endpoint.about()) == Some(zone) => Nearness::Zone,
                 Some(_) | None => Nearness::Any,
             },
         }
@@ -295,7 +296,7 @@ impl Table {
         }
     }
 
-    fn zone_of<'t>(&'t self, endpoint: &'t Endpoint) -> Option<&'t str> {
+    fn zone_of<'t>(&'t self, endpoint: &'t About) -> Option<&'t str> {
         let of_node = || self.node(endpoint.node.as_ref()?)?.zone.as_deref();
         endpoint.zone.as_deref().or_else(of_node)
     }

@@ -1,9 +1,46 @@
 //! What a cluster consists of, reduced to what DNS, proxy and tunnel need.
 
-use std::{net::IpAddr, rc::Rc, time::Duration};
+use std::{net::IpAddr, ops::Deref, rc::Rc, time::Duration};
 
 /// An interned name; cloning is a count.
 pub type Name = Rc<str>;
+
+/// A few addresses; the only one of most Services needs no allocation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses(Held);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Held {
+    One(IpAddr),
+    /// None, or several.
+    Several(Box<[IpAddr]>),
+}
+
+impl From<Vec<IpAddr>> for Addresses {
+    fn from(addresses: Vec<IpAddr>) -> Self {
+        Self(match addresses[..] {
+            [one] => Held::One(one),
+            _ => Held::Several(addresses.into()),
+        })
+    }
+}
+
+impl FromIterator<IpAddr> for Addresses {
+    fn from_iter<I: IntoIterator<Item = IpAddr>>(addresses: I) -> Self {
+        Vec::from_iter(addresses).into()
+    }
+}
+
+impl Deref for Addresses {
+    type Target = [IpAddr];
+
+    fn deref(&self) -> &[IpAddr] {
+        match &self.0 {
+            Held::One(one) => std::slice::from_ref(one),
+            Held::Several(several) => several,
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
@@ -23,7 +60,7 @@ pub enum Source {
     Api,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceId {
     pub namespace: Name,
     pub name: Name,
@@ -63,10 +100,10 @@ pub struct Service {
     pub id: ServiceId,
     pub kind: ServiceKind,
     /// clusterIPs; empty until allocated, and for headless ones.
-    pub vips: Vec<IpAddr>,
+    pub vips: Addresses,
     /// externalIPs and the load balancer's ingress addresses.
-    pub external_ips: Vec<IpAddr>,
-    pub ports: Vec<ServicePort>,
+    pub external_ips: Box<[IpAddr]>,
+    pub ports: Rc<[ServicePort]>,
     pub affinity: Affinity,
     /// internalTrafficPolicy: Local.
     pub local_only: bool,
@@ -90,8 +127,13 @@ impl SliceId {
     /// Whether it is a subset of an Endpoints object, which counts only where the Service has no EndpointSlice.
     #[must_use]
     pub fn is_subset(&self) -> bool {
-        self.name.contains('/')
+        is_subset(&self.name)
     }
+}
+
+/// Whether a slice of this name is a subset of an Endpoints object.
+pub(super) fn is_subset(name: &str) -> bool {
+    name.contains('/')
 }
 
 /// An EndpointSlice (or one subset of an Endpoints object).
@@ -100,7 +142,7 @@ pub struct Slice {
     pub id: SliceId,
     /// The Service's name, in the slice's namespace.
     pub service: Name,
-    pub ports: Vec<SlicePort>,
+    pub ports: Rc<[SlicePort]>,
     pub endpoints: Vec<Endpoint>,
 }
 
@@ -154,7 +196,7 @@ pub enum Object {
     Pod(Pod),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ObjectId {
     Service(ServiceId),
     Slice(SliceId),

@@ -3,7 +3,7 @@
 use super::{
     Entry, Versions,
     model::{Name, Pod, PodId, Source},
-    names::Names,
+    pool::Pool,
     reduce::{put, take},
 };
 use std::{collections::BTreeMap, net::IpAddr};
@@ -37,7 +37,7 @@ impl Pods {
     }
 
     /// True where what is seen has changed.
-    pub(super) fn put(&mut self, source: Source, generation: u32, mut pod: Pod, names: &mut Names) -> bool {
+    pub(super) fn put(&mut self, source: Source, generation: u32, mut pod: Pod, names: &mut Pool<str>) -> bool {
         names.share(&mut pod.id.namespace);
         pod.addresses.sort_unstable();
         pod.addresses.dedup();

@@ -1,8 +1,8 @@
 //! Change -> Table. Mark and sweep by generation: a complete list removes only what its own source named before.
 //! Each event costs O(log n) for the object and for each address that it names.
 
-use super::{Entry, Record, Table, Versions, endpoint_slot, index, model::*};
-use std::{collections::HashSet, net::IpAddr};
+use super::{Entry, Record, Table, Versions, endpoint_slot, index, model::*, packed::StoredSlice};
+use std::{collections::HashSet, net::IpAddr, rc::Rc};
 
 /// Where a source stands with its lists.
 #[derive(Debug, Default)]
@@ -56,12 +56,12 @@ impl Table {
     fn put_service(&mut self, source: Source, generation: u32, mut service: Service) -> bool {
         self.names.share(&mut service.id.namespace);
         self.names.share(&mut service.id.name);
-        service.ports.iter_mut().for_each(|p| self.names.share(&mut p.name));
-        service.ports.shrink_to_fit();
-        service.vips.shrink_to_fit();
-        service.external_ips.shrink_to_fit();
+        if let Some(ports) = Rc::get_mut(&mut service.ports) {
+            ports.iter_mut().for_each(|p| self.names.share(&mut p.name));
+        }
+        self.service_ports.share(&mut service.ports);
         let slot = self.slot_for(&service.id);
-        let addresses: Vec<_> = service.vips.iter().chain(&service.external_ips).copied().collect();
+        let addresses: Vec<_> = service.vips.iter().chain(&*service.external_ips).copied().collect();
         let namespace = service.id.namespace.clone();
         let versions = &mut self.records[slot as usize].services;
         let was_named = !versions.is_empty();
@@ -81,21 +81,21 @@ impl Table {
         put.is_visible()
     }
 
-    fn put_slice(&mut self, source: Source, generation: u32, mut slice: Slice) -> bool {
-        self.tidy(&mut slice);
+    fn put_slice(&mut self, source: Source, generation: u32, slice: Slice) -> bool {
         let mut moved = false;
-        if let Some((slot, at)) = self.find_slice(source, &slice.id)
-            && self.records[slot as usize].slices[at].value.service != slice.service
+        if let Some((slot, _)) = self.find_slice(source, &slice.id)
+            && self.records[slot as usize].id.name != slice.service
         {
             moved = self.delete(source, &ObjectId::Slice(slice.id.clone()));
         }
-        let slot = self.slot_for(&ServiceId { namespace: slice.id.namespace.clone(), name: slice.service.clone() });
+        let slice_key = slice_key(source, &slice.id);
+        let (service, slice) = self.pack(slice);
+        let slot = self.slot_for(&service);
         let record = &mut self.records[slot as usize];
         let visible = record.source() == Some(source);
-        let key = (slice.id.name.clone(), source);
-        let found = record.slices.binary_search_by(|e| (&e.value.id.name, e.source).cmp(&(&key.0, key.1)));
+        let found = record.slices.binary_search_by(|e| (&e.value.name, e.source).cmp(&(&slice.name, source)));
         let addresses =
-            |slice: &Slice| slice.endpoints.iter().map(|e| index::of_address(e.address)).collect::<Vec<_>>();
+            |slice: &StoredSlice| slice.endpoints().map(|e| index::of_address(e.address)).collect::<Vec<_>>();
         let half = endpoint_slot(slot, &slice);
         match found {
             Ok(at) => {
@@ -109,7 +109,7 @@ impl Table {
                 addresses(&old).into_iter().for_each(|key| self.by_endpoint.remove(key, half));
             }
             Err(at) => {
-                self.by_slice.add(slice_key(source, &slice.id), slot);
+                self.by_slice.add(slice_key, slot);
                 addresses(&slice).into_iter().for_each(|key| self.by_endpoint.add(key, half));
                 insert_exact(&mut record.slices, at, Entry { source, generation, value: slice });
             }
@@ -117,19 +117,19 @@ impl Table {
         visible || moved
     }
 
-    /// Shares the names that many objects have, drops spare capacity and endpoints that are named twice.
-    fn tidy(&mut self, slice: &mut Slice) {
+    /// Shares what many objects have, and drops endpoints that are named twice. With the Service that it belongs to.
+    fn pack(&mut self, slice: Slice) -> (ServiceId, StoredSlice) {
+        let Slice { id: SliceId { mut namespace, name }, mut service, mut ports, mut endpoints } = slice;
         let names = &mut self.names;
-        names.share(&mut slice.id.namespace);
-        names.share(&mut slice.service);
-        slice.ports.iter_mut().for_each(|p| names.share(&mut p.name));
-        for endpoint in &mut slice.endpoints {
-            endpoint.node.iter_mut().chain(&mut endpoint.zone).for_each(|name| names.share(name));
+        names.share(&mut namespace);
+        names.share(&mut service);
+        if let Some(ports) = Rc::get_mut(&mut ports) {
+            ports.iter_mut().for_each(|p| names.share(&mut p.name));
         }
-        let mut seen = HashSet::with_capacity(slice.endpoints.len());
-        slice.endpoints.retain(|e| seen.insert(e.address));
-        slice.endpoints.shrink_to_fit();
-        slice.ports.shrink_to_fit();
+        self.slice_ports.share(&mut ports);
+        let mut seen = HashSet::with_capacity(endpoints.len());
+        endpoints.retain(|e| seen.insert(e.address));
+        (ServiceId { namespace, name: service }, StoredSlice::new(name, ports, endpoints, names, &mut self.abouts))
     }
 
     fn put_node(&mut self, source: Source, generation: u32, mut node: NodeInfo) -> bool {
@@ -227,10 +227,11 @@ impl Table {
                 let visible = record.source() == Some(source);
                 let old = record.slices.remove(at).value;
                 record.slices.shrink_to_fit();
+                let service = record.id.clone();
                 self.by_slice.remove(slice_key(source, id), slot);
                 let half = endpoint_slot(slot, &old);
-                old.endpoints.iter().for_each(|e| self.by_endpoint.remove(index::of_address(e.address), half));
-                self.release(slot, &ServiceId { namespace: old.id.namespace, name: old.service });
+                old.endpoints().for_each(|e| self.by_endpoint.remove(index::of_address(e.address), half));
+                self.release(slot, &service);
                 visible
             }
         }
@@ -252,7 +253,7 @@ impl Table {
             let services = record.services.iter().filter(|e| stale(e, source, generation));
             gone.extend(services.map(|e| ObjectId::Service(e.value.id.clone())));
             let slices = record.slices.iter().filter(|e| stale(e, source, generation));
-            gone.extend(slices.map(|e| ObjectId::Slice(e.value.id.clone())));
+            gone.extend(slices.map(|e| ObjectId::Slice(record.slice_id(&e.value))));
         }
         let nodes = self.nodes.values().flatten().filter(|e| stale(e, source, generation));
         gone.extend(nodes.map(|e| ObjectId::Node(e.value.name.clone())));
@@ -260,15 +261,15 @@ impl Table {
         gone.extend(pods.map(|e| ObjectId::Pod(e.value.id.clone())));
         let changed = gone.iter().fold(first, |changed, id| self.delete(source, id) || changed);
         drop(gone);
-        self.names.clean();
+        self.clean();
         changed
     }
 
     fn find_slice(&self, source: Source, id: &SliceId) -> Option<(u32, usize)> {
         self.by_slice.slots(slice_key(source, id)).find_map(|slot| {
-            let slices = &self.records[slot as usize].slices;
-            let at = slices.binary_search_by(|e| (&e.value.id.name, e.source).cmp(&(&id.name, source))).ok()?;
-            (slices[at].value.id == *id).then_some((slot, at))
+            let record = &self.records[slot as usize];
+            let found = record.slices.binary_search_by(|e| (&e.value.name, e.source).cmp(&(&id.name, source)));
+            found.ok().filter(|_| record.id.namespace == id.namespace).map(|at| (slot, at))
         })
     }
 
@@ -280,6 +281,7 @@ impl Table {
             self.records.push(Record::default());
             u32::try_from(self.records.len() - 1).unwrap_or(u32::MAX)
         });
+        self.records[slot as usize].id = id.clone();
         self.namespaces.entry(id.namespace.clone()).or_default().slots.insert(id.name.clone(), slot);
         slot
     }
@@ -296,11 +298,18 @@ impl Table {
                 self.namespaces.remove(&id.namespace);
             }
         }
+        self.records[slot as usize] = Record::default();
         self.free.push(slot);
     }
 
+    /// Gives back what nobody has any more.
+    pub(super) fn clean(&mut self) {
+        self.abouts.clean();
+        self.names.clean();
+    }
+
     fn unindex_vips(&mut self, slot: u32, service: &Service) {
-        for address in service.vips.iter().chain(&service.external_ips) {
+        for address in service.vips.iter().chain(&*service.external_ips) {
             self.by_vip.remove(index::of_address(*address), slot);
         }
     }

@@ -24,7 +24,7 @@ fn service(of: &StaticService) -> Service {
         id: id(of),
         kind: if of.ip.is_some() { ServiceKind::ClusterIp } else { ServiceKind::Headless },
         vips: of.ip.into_iter().collect(),
-        external_ips: Vec::new(),
+        external_ips: [].into(),
         ports: of
             .ports
             .iter()

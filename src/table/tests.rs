@@ -26,14 +26,10 @@ fn object(rng: &mut fastrand::Rng) -> Object {
         0 | 1 => Object::Service(Service {
             id: service_id(rng),
             kind: ServiceKind::ClusterIp,
-            vips: addresses(rng, 2),
-            external_ips: addresses(rng, 1),
-            ports: vec![ServicePort {
-                name: "".into(),
-                number: rng.u16(80..83),
-                protocol: Protocol::Tcp,
-                node_port: 0,
-            }],
+            vips: addresses(rng, 2).into(),
+            external_ips: addresses(rng, 1).into(),
+            ports: [ServicePort { name: "".into(), number: rng.u16(80..83), protocol: Protocol::Tcp, node_port: 0 }]
+                .into(),
             affinity: Affinity::None,
             local_only: false,
             not_proxied: false,
@@ -60,7 +56,7 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                     SliceId { namespace: id.namespace, name: name("slice", rng.usize(..6)) }
                 },
                 service: id.name,
-                ports: vec![SlicePort { name: "".into(), number: rng.u16(8080..8082), protocol: Protocol::Tcp }],
+                ports: [SlicePort { name: "".into(), number: rng.u16(8080..8082), protocol: Protocol::Tcp }].into(),
                 endpoints,
             })
         }
@@ -149,7 +145,7 @@ impl Model {
         }
         for external in [false, true] {
             for service in &seen.services {
-                for address in if external { &service.external_ips } else { &service.vips } {
+                for address in if external { &*service.external_ips } else { &*service.vips } {
                     seen.vips.entry(*address).or_insert_with(|| service.id.clone());
                 }
             }
@@ -172,7 +168,10 @@ fn seen(table: &Table) -> Seen {
     };
     for s in table.services() {
         assert_eq!(table.service(&s.id.namespace, &s.id.name), Some(s));
-        seen.endpoints.extend(table.endpoints(&s.id).map(|(slice, e)| (s.id.clone(), slice.id.clone(), e.clone())));
+        seen.endpoints.extend(table.endpoints(&s.id).map(|(slice, e)| {
+            let id = SliceId { namespace: s.id.namespace.clone(), name: slice.name.clone() };
+            (s.id.clone(), id, e.unpack())
+        }));
     }
     let space = (0..6).flat_map(|n| [[10, 0, 0, n].into(), [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(n)].into()]);
     for address in space {

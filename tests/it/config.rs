@@ -47,6 +47,9 @@ fn the_example_names_the_defaults() {
     };
     assert_eq!(std::mem::take(&mut all.services), [web]);
     assert_eq!(all.node.bundle.take(), Some("/etc/weft.bundle".into()));
+    assert_eq!(all.kube.kubeconfig.take(), Some("/etc/weft/kubeconfig".into()));
+    assert_eq!(all.kube.token_file.take(), Some("/etc/weft/token".into()));
+    assert_eq!(all.kube.ca_file.take(), Some("/etc/weft/ca.crt".into()));
     assert_eq!(all.dns.take_over.take(), Some(("kube-system".into(), "kube-dns".into())));
     assert_eq!(all, Config::default());
 }
@@ -86,7 +89,24 @@ const MISTAKES: &[(&str, &str)] = &[
     ("[nod]", "1:2: nod: unknown key; did you mean node?"),
     ("[dns]\nlisen = 1", "2:1: dns.lisen: unknown key; did you mean dns.listen?"),
     ("relay.enabled = true", "1:7: relay.enabled: unknown key; did you mean relay.enable?"),
-    ("[kube]\napi = \"none\"", "2:1: kube.api: unknown key; known here are manifests"),
+    ("[kube]\nkubecfg = \"/a\"", "2:1: kube.kubecfg: unknown key; did you mean kube.kubeconfig?"),
+    (
+        "[kube]\napi = \"https://a:x\"",
+        "2:7: kube.api: \"https://a:x\": expected \"none\", \"auto\", \"in-cluster\", or addresses of one cluster such as \
+         https://192.0.2.1:6443",
+    ),
+    (
+        "[kube]\napi = \"http://192.0.2.1\"\ntoken_file = \"/t\"",
+        "3:14: kube.token_file: a token is not sent over plain http to another machine; expected https in kube.api",
+    ),
+    (
+        "kube.namespaces = [\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\",\"q\"]",
+        "1:84: kube.namespaces: more than 16 of them",
+    ),
+    (
+        "[kube]\nnamespaces = [\"a\", \"B\"]",
+        "2:20: kube.namespaces: \"B\": expected a namespace's name, of 1 to 63 characters a-z, 0-9 and '-'",
+    ),
     (
         "[[service]]\nname = \"a\"\nports = [{ prot = 80 }]",
         "3:12: service.ports.prot: unknown key; did you mean service.ports.port?",

@@ -108,8 +108,8 @@ pub(crate) fn service(s: &Json) -> Service {
     Service {
         id: ServiceId { namespace: name(s["ns"].text()), name: name(s["name"].text()) },
         kind,
-        vips: addresses(&s["ips"]),
-        external_ips: external,
+        vips: addresses(&s["ips"]).into(),
+        external_ips: external.into(),
         ports: ports.collect(),
         affinity: Affinity::None,
         local_only: false,

@@ -51,12 +51,12 @@ pub(crate) fn config(ip: &str, upstream: Vec<Upstream>) -> DnsConfig {
 /// `web.shop` with a virtual address, and `big.shop` without one and with 100 endpoints.
 pub(crate) fn table() -> Table {
     let mut table = Table::default();
-    let service = |name: &str, kind, vips| Service {
+    let service = |name: &str, kind, vips: Vec<IpAddr>| Service {
         id: ServiceId { namespace: "shop".into(), name: name.into() },
         kind,
-        vips,
-        external_ips: vec![],
-        ports: vec![ServicePort { name: "http".into(), number: 80, protocol: Protocol::Tcp, node_port: 0 }],
+        vips: vips.into(),
+        external_ips: [].into(),
+        ports: [ServicePort { name: "http".into(), number: 80, protocol: Protocol::Tcp, node_port: 0 }].into(),
         affinity: Affinity::None,
         local_only: false,
         not_proxied: false,
@@ -74,7 +74,7 @@ pub(crate) fn table() -> Table {
     let slice = Slice {
         id: SliceId { namespace: "shop".into(), name: "big-1".into() },
         service: "big".into(),
-        ports: vec![SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }],
+        ports: [SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }].into(),
         endpoints: (0..100).map(endpoint).collect(),
     };
     let external = ServiceKind::External("www.example.com".into());

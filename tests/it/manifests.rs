@@ -207,7 +207,7 @@ fn services_keep_their_shape() {
         ports.contains(&("dns".into(), 53, Protocol::Udp)) && ports.contains(&("dns-tcp".into(), 53, Protocol::Tcp))
     );
     for service in world.services() {
-        for vip in world.service(&service).vips {
+        for &vip in world.service(&service).vips.iter() {
             assert_eq!(world.table.read(|t| t.by_vip(vip).map(|s| s.id.clone())), Some(world.service(&service).id));
         }
     }

@@ -97,7 +97,7 @@ fn is_written(status: &Status) -> bool {
 }
 
 #[test]
-fn what_is_written_is_there_after_a_restart() {
+pub(crate) fn what_is_written_is_there_after_a_restart() {
     let dir = temp_dir();
     let state = dir.path().join("a/state");
     let kept = Kept::new(&state, "edge-1", None, QUICK);
@@ -176,7 +176,7 @@ fn a_disk_that_hangs_holds_up_nobody_and_the_end_for_two_seconds() {
 }
 
 #[test]
-fn another_nodes_and_another_clusters_are_not_used_but_their_time_is() {
+pub(crate) fn another_nodes_and_another_clusters_are_not_used_but_their_time_is() {
     let dir = temp_dir();
     let first = Kept::new(dir.path(), "edge-1", Some([1; 32]), QUICK);
     put(&first.table, "n");
@@ -195,7 +195,7 @@ fn another_nodes_and_another_clusters_are_not_used_but_their_time_is() {
 }
 
 #[test]
-fn a_spoilt_file_is_left_out_and_replaced() {
+pub(crate) fn a_spoilt_file_is_left_out_and_replaced() {
     let dir = temp_dir();
     let file = dir.path().join("snapshot");
     let first = Kept::new(dir.path(), "edge-1", None, QUICK);

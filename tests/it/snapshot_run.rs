@@ -118,7 +118,7 @@ fn the_agent_knows_after_a_restart_what_files_that_are_not_there_yet_said() {
 }
 
 #[test]
-fn a_full_disk_keeps_the_old_snapshot_and_hurts_nobody() {
+pub(crate) fn a_full_disk_keeps_the_old_snapshot_and_hurts_nobody() {
     let dir = temp_dir();
     manifest(&dir, &["one"]);
     let mut run = Run::start(&dir, "");

@@ -39,9 +39,9 @@ fn put(table: &mut Table, line: &str) {
     let service = Service {
         id: id(words[0]),
         kind: ServiceKind::ClusterIp,
-        vips: vec![words[1].parse().unwrap()],
-        external_ips: vec![],
-        ports: vec![ServicePort { name: "".into(), number: words[2].parse().unwrap(), protocol, node_port: 0 }],
+        vips: vec![words[1].parse().unwrap()].into(),
+        external_ips: [].into(),
+        ports: [ServicePort { name: "".into(), number: words[2].parse().unwrap(), protocol, node_port: 0 }].into(),
         affinity: Affinity::None,
         local_only: false,
         not_proxied: false,
@@ -56,7 +56,7 @@ fn put(table: &mut Table, line: &str) {
         let slice = Slice {
             id: slice,
             service: words[0].into(),
-            ports: vec![SlicePort { name: "".into(), number: endpoint.port(), protocol }],
+            ports: [SlicePort { name: "".into(), number: endpoint.port(), protocol }].into(),
             endpoints: vec![Endpoint {
                 address: endpoint.ip(),
                 hostname: None,

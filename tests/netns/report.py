@@ -6,7 +6,7 @@ import traceback
 
 
 # Skipped with CI=true too: these need what no checkout of the project has.
-ELSEWHERE = ("needs-shared-lab",)
+ELSEWHERE = ("needs-shared-lab", "needs-kube")
 
 
 class Skip(Exception):

@@ -5,7 +5,8 @@ use crate::{
     config::DnsConfig,
     dns::wire::{Header, Records, encode_name},
     table::model::{
-        Affinity, Change, NodeInfo, Object, Pod, PodId, ServiceId, ServicePort, SliceId, SlicePort, Source,
+        Affinity, Change, Endpoint, NodeInfo, Object, Pod, PodId, ServiceId, ServicePort, Slice, SliceId, SlicePort,
+        Source,
     },
 };
 
@@ -19,9 +20,9 @@ fn service(name: &str, kind: ServiceKind, vips: &[IpAddr]) -> Change {
     let service = Service {
         id,
         kind,
-        vips: vips.into(),
-        external_ips: vec![[198, 51, 100, 7].into()],
-        ports: vec![port],
+        vips: vips.to_vec().into(),
+        external_ips: [[198, 51, 100, 7].into()].into(),
+        ports: [port].into(),
         affinity: Affinity::None,
         local_only: false,
         not_proxied: false,
@@ -43,7 +44,7 @@ fn slice(of: &str, count: u32) -> Change {
     let slice = Slice {
         id: SliceId { namespace: "shop".into(), name: of.into() },
         service: of.into(),
-        ports: vec![SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }],
+        ports: [SlicePort { name: "http".into(), number: 8080, protocol: Protocol::Tcp }].into(),
         endpoints: (0..count).map(endpoint).collect(),
     };
     Change::Apply(Source::Api, Object::Slice(slice))
@@ -198,4 +199,24 @@ fn external_addresses_are_not_told_by_reverse_names() {
     query.extend_from_slice(&[0, 12, 0, 1]);
     let outcome = Answerer::new(zone()).reply(&query, Via::Udp, &table(true), &mut out);
     assert_eq!(outcome, Outcome::Forward);
+}
+
+#[test]
+fn an_endpoint_is_found_by_its_address_as_we_write_it_and_no_other_way() {
+    let mut table = table(true);
+    let Change::Apply(source, Object::Slice(mut slice)) = slice("many", 3) else { panic!() };
+    slice.endpoints[0].address = "fd00:244::31".parse().unwrap();
+    slice.endpoints[1].address = "::ffff:10.1.2.3".parse().unwrap();
+    slice.endpoints[2].hostname = Some("10-1-2-9".into());
+    table.apply(Change::Apply(source, Object::Slice(slice)));
+    for (label, kind, want) in [
+        ("fd00-244--31", kind::AAAA, rcode::NOERROR),
+        ("FD00-244--31", kind::AAAA, rcode::NOERROR),
+        ("fd00-0244--31", kind::AAAA, rcode::NXDOMAIN),
+        ("--ffff-10-1-2-3", kind::AAAA, rcode::NOERROR),
+        ("10-1-2-9", kind::A, rcode::NOERROR),
+        ("10-244-0-2", kind::A, rcode::NXDOMAIN),
+    ] {
+        assert_eq!(code(&table, &format!("{label}.many.shop.svc.cluster.local"), kind), want, "{label}");
+    }
 }

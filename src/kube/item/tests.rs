@@ -149,13 +149,13 @@ fn items_of_a_typed_list_take_its_kind() {
 #[test]
 fn services_of_every_shape() {
     let minimal = good_service(r#""spec":{}"#);
-    assert_eq!((minimal.kind, minimal.vips, minimal.affinity), (ServiceKind::ClusterIp, vec![], Affinity::None));
+    assert_eq!((minimal.kind, minimal.vips, minimal.affinity), (ServiceKind::ClusterIp, vec![].into(), Affinity::None));
     assert_eq!(good_service(r#""spec":{"clusterIP":"None","clusterIPs":["None"]}"#).kind, ServiceKind::Headless);
     let stale = r#""spec":{"type":"ExternalName","externalName":"Db.example.com","clusterIP":"10.0.0.1"}"#;
     let external = good_service(stale);
-    assert_eq!((external.kind, external.vips), (ServiceKind::External("Db.example.com".into()), vec![]));
+    assert_eq!((external.kind, external.vips), (ServiceKind::External("Db.example.com".into()), vec![].into()));
     let dual = good_service(r#""spec":{"clusterIP":"010.0.0.1","clusterIPs":["010.0.0.1","fd00::1"],"ports":null}"#);
-    assert_eq!(dual.vips, addresses(&["10.0.0.1", "fd00::1"]));
+    assert_eq!(*dual.vips, addresses(&["10.0.0.1", "fd00::1"]));
     let client_ip = |config: &str| {
         good_service(&format!(r#""spec":{{"sessionAffinity":"ClientIP","sessionAffinityConfig":{config}}}"#)).affinity
     };
@@ -178,7 +178,7 @@ fn addresses_from_outside() {
     );
     let Read::Objects(objects, Some(trouble)) = read else { panic!("{read:?}") };
     let [Object::Service(service)] = &objects[..] else { panic!("{objects:?}") };
-    assert_eq!(service.external_ips, addresses(&["192.0.2.1", "192.0.2.2", "192.0.2.3"]));
+    assert_eq!(*service.external_ips, addresses(&["192.0.2.1", "192.0.2.2", "192.0.2.3"]));
     let why = "0.0.0.0 is not the address of one machine in the network: left out, and 1 more";
     assert_eq!(trouble.to_string(), format!("Service shop/web: spec.externalIPs[1]: {why}"));
     assert_eq!(trouble.keep, []);

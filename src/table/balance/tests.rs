@@ -21,8 +21,8 @@ fn service() -> Service {
     Service {
         id: ServiceId { namespace: "shop".into(), name: "web".into() },
         kind: ServiceKind::ClusterIp,
-        vips: vec!["10.96.0.10".parse().unwrap()],
-        external_ips: vec!["192.0.2.10".parse().unwrap()],
+        vips: vec!["10.96.0.10".parse().unwrap()].into(),
+        external_ips: ["192.0.2.10".parse().unwrap()].into(),
         ports: [("http", 80), ("admin", 81)]
             .map(|(name, number)| ServicePort { name: name.into(), number, protocol: Protocol::Tcp, node_port: 0 })
             .into(),
@@ -120,7 +120,7 @@ fn an_address_in_two_slices_counts_once() {
     let mut world = World::new(service(), three());
     world.put(slice("web-2", vec![endpoint("10.1.0.1", Some("edge-2"))]));
     let Object::Slice(mut other_ports) = slice("web-3", vec![endpoint("10.1.0.2", Some("edge-2"))]) else { panic!() };
-    other_ports.ports.pop();
+    other_ports.ports = other_ports.ports[..1].into();
     world.put(Object::Slice(other_ports));
     assert_eq!(world.spread(999).into_values().collect::<Vec<_>>(), [333; 3]);
 }
@@ -300,8 +300,8 @@ fn only_our_own_endpoints_of_that_port_are_opened_for_peers() {
 fn services_that_share_an_external_address_are_told_apart_by_port() {
     let mut world = World::new(service(), three());
     let other = ServiceId { namespace: "shop".into(), name: "aaa".into() };
-    let ports = vec![ServicePort { name: "".into(), number: 443, protocol: Protocol::Tcp, node_port: 0 }];
-    world.put(Object::Service(Service { id: other, vips: vec![], ports, ..service() }));
+    let ports = [ServicePort { name: "".into(), number: 443, protocol: Protocol::Tcp, node_port: 0 }].into();
+    world.put(Object::Service(Service { id: other, vips: vec![].into(), ports, ..service() }));
     assert!(world.ask("192.0.2.10:80", 1, &[]).is_ok());
     assert_eq!(world.ask("192.0.2.10:443", 1, &[]), Err(NoTarget::NoEndpoint));
 }

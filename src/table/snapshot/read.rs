@@ -222,12 +222,14 @@ impl<'b> Reader<'b> {
         Some(Service {
             id,
             kind,
-            vips: self.list(Self::address)?,
-            external_ips: self.list(Self::address)?,
-            ports: self.list(|r| {
-                let (protocol, number, node_port) = (r.protocol()?, r.u16()?, r.u16()?);
-                Some(ServicePort { name: r.name()?, number, protocol, node_port })
-            })?,
+            vips: self.list(Self::address)?.into(),
+            external_ips: self.list(Self::address)?.into(),
+            ports: self
+                .list(|r| {
+                    let (protocol, number, node_port) = (r.protocol()?, r.u16()?, r.u16()?);
+                    Some(ServicePort { name: r.name()?, number, protocol, node_port })
+                })?
+                .into(),
             affinity,
             local_only: flags & 1 != 0,
             not_proxied: flags & 2 != 0,
@@ -238,10 +240,12 @@ impl<'b> Reader<'b> {
         Some(Slice {
             id: SliceId { namespace: self.name()?, name: self.name()? },
             service: self.name()?,
-            ports: self.list(|r| {
-                let (protocol, number) = (r.protocol()?, r.u16()?);
-                Some(SlicePort { name: r.name()?, number, protocol })
-            })?,
+            ports: self
+                .list(|r| {
+                    let (protocol, number) = (r.protocol()?, r.u16()?);
+                    Some(SlicePort { name: r.name()?, number, protocol })
+                })?
+                .into(),
             endpoints: self.list(Self::endpoint)?,
         })
     }

@@ -30,7 +30,7 @@ fn contents(table: &Table) -> (Vec<(Source, Object)>, Vec<Source>) {
     let mut all = Vec::new();
     for record in &table.records {
         all.extend(record.services.iter().map(|e| (e.source, Object::Service(e.value.clone()))));
-        all.extend(record.slices.iter().map(|e| (e.source, Object::Slice(e.value.clone()))));
+        all.extend(record.slices.iter().map(|e| (e.source, Object::Slice(e.value.unpack(&record.id)))));
     }
     all.extend(table.nodes.values().flatten().map(|e| (e.source, Object::Node(e.value.clone()))));
     all.extend(table.pods.entries().map(|e| (e.source, Object::Pod(e.value.clone()))));

@@ -6,7 +6,8 @@ use super::{
 use crate::{
     table::{
         Record, Table,
-        model::{Affinity, Endpoint, NodeInfo, Pod, Protocol, Service, ServiceKind, Slice, Source},
+        model::{Affinity, NodeInfo, Pod, Protocol, Service, ServiceId, ServiceKind, Source},
+        packed::{EndpointRef, StoredSlice},
     },
     tunnel::Remembered,
 };
@@ -91,7 +92,7 @@ impl Encoder {
             self.object(SERVICE, entry.source, |out| put_service(out, &entry.value));
         }
         for entry in &record.slices {
-            self.object(SLICE, entry.source, |out| put_slice(out, &entry.value));
+            self.object(SLICE, entry.source, |out| put_slice(out, &record.id, &entry.value));
         }
     }
 
@@ -218,15 +219,16 @@ fn put_service(out: &mut Vec<u8>, s: &Service) -> bool {
         && put_list(out, &s.ports, |out, p| put_port(out, &p.name, p.protocol, &[p.number, p.node_port]))
 }
 
-fn put_slice(out: &mut Vec<u8>, s: &Slice) -> bool {
-    put_text(out, &s.id.namespace)
-        && put_text(out, &s.id.name)
-        && put_text(out, &s.service)
+fn put_slice(out: &mut Vec<u8>, of: &ServiceId, s: &StoredSlice) -> bool {
+    put_text(out, &of.namespace)
+        && put_text(out, &s.name)
+        && put_text(out, &of.name)
         && put_list(out, &s.ports, |out, p| put_port(out, &p.name, p.protocol, &[p.number]))
-        && put_list(out, &s.endpoints, put_endpoint)
+        && put_len(out, s.len())
+        && s.endpoints().all(|e| put_endpoint(out, e))
 }
 
-fn put_endpoint(out: &mut Vec<u8>, e: &Endpoint) -> bool {
+fn put_endpoint(out: &mut Vec<u8>, e: EndpointRef<'_>) -> bool {
     put_address(out, e.address);
     out.push(u8::from(e.ready) | u8::from(e.serving) << 1 | u8::from(e.terminating) << 2);
     [&e.hostname, &e.node, &e.zone, &e.pod].into_iter().all(|name| put_maybe(out, name.as_deref()))

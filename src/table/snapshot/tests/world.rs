@@ -47,14 +47,16 @@ impl World {
                     1 => ServiceKind::Headless,
                     _ => ServiceKind::External(self.name()),
                 },
-                vips: self.list(2, Self::address),
-                external_ips: self.list(2, Self::address),
-                ports: self.list(3, |w| ServicePort {
-                    name: if w.0.bool() { "".into() } else { w.name() },
-                    number: w.0.u16(..),
-                    protocol: w.protocol(),
-                    node_port: w.0.u16(..),
-                }),
+                vips: self.list(2, Self::address).into(),
+                external_ips: self.list(2, Self::address).into(),
+                ports: self
+                    .list(3, |w| ServicePort {
+                        name: if w.0.bool() { "".into() } else { w.name() },
+                        number: w.0.u16(..),
+                        protocol: w.protocol(),
+                        node_port: w.0.u16(..),
+                    })
+                    .into(),
                 affinity: match self.0.u32(..3) {
                     0 => Affinity::None,
                     n => Affinity::ClientIp { timeout: Duration::from_secs(u64::from(n) * 43_200) },
@@ -65,7 +67,9 @@ impl World {
             2 | 3 => Object::Slice(Slice {
                 id: SliceId { namespace: self.name(), name: self.name() },
                 service: self.name(),
-                ports: self.list(3, |w| SlicePort { name: w.name(), number: w.0.u16(..), protocol: w.protocol() }),
+                ports: self
+                    .list(3, |w| SlicePort { name: w.name(), number: w.0.u16(..), protocol: w.protocol() })
+                    .into(),
                 endpoints: self.list(6, |w| Endpoint {
                     address: w.address(),
                     hostname: w.maybe(),

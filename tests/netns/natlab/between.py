@@ -1,0 +1,80 @@
+"""A TLS server in front of a real API server that hands everything on (with an administrator's rights), and on command tells each watch that its version
+is too old (410): so an agent lists anew, from the real server's bytes, as often as one likes."""
+import http.client
+import json
+import threading
+
+EXPIRED = json.dumps({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired",
+                                                  "message": "too old resource version"}}).encode() + b"\n"
+
+
+class Between:
+    def __init__(self, server, port=6444):
+        self.server, self.port = server, port
+        # Answers under way, each with its lock: events come from one thread, the end from another.
+        self.watches, self.lock, self.requests = {}, threading.Lock(), 0
+        self.tls = server.server_side()
+        self.socket = server.node.listen(port)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"https://{self.server.node.address}:{self.port}"
+
+    def expire(self):
+        """Ends each watch with 410; how many there were."""
+        with self.lock:
+            watches, self.watches = self.watches, {}
+        for sock, lock in watches.items():
+            with lock:
+                sock.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(EXPIRED), EXPIRED))
+        return len(watches)
+
+    def _accept(self):
+        while True:
+            sock, _ = self.socket.accept()
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, plain):
+        try:
+            with self.tls.wrap_socket(plain, server_side=True) as sock:
+                while head := self._head(sock):
+                    self._answer(sock, head)
+        except OSError:
+            plain.close()
+
+    @staticmethod
+    def _head(sock):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            byte = sock.recv(4096)
+            if not byte:
+                return None
+            head += byte
+        return head.decode()
+
+    def _answer(self, sock, head):
+        path = head.split(" ")[1]
+        upstream = self.server.connection()
+        upstream.request("GET", path, headers={"Accept": "application/json"})
+        answer = upstream.getresponse()
+        self.requests += 1
+        lock = threading.Lock()
+        sock.sendall(f"HTTP/1.1 {answer.status} x\r\nContent-Type: {answer.headers['Content-Type']}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        if "watch=1" in path:
+            with self.lock:
+                self.watches[sock] = lock
+        try:
+            while piece := answer.read1(65536):
+                with lock:
+                    if "watch=1" in path and sock not in self.watches:
+                        return
+                    sock.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+            with lock:
+                sock.sendall(b"0\r\n\r\n")
+        except http.client.HTTPException:
+            sock.close()
+        finally:
+            with self.lock:
+                self.watches.pop(sock, None)
+            upstream.close()
