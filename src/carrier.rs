@@ -8,6 +8,8 @@ pub mod connect;
 pub mod fallback;
 pub mod noise;
 pub mod tls;
+#[cfg(test)]
+mod vectors;
 
 use crate::{
     clock::Clock,

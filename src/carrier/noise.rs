@@ -61,8 +61,9 @@ pub struct Identity {
     pub psks: Vec<(u8, Key)>,
 }
 
-fn builder<'a>(psk: &'a Key) -> Result<snow::Builder<'a>, snow::Error> {
-    suite::builder(PATTERN, None)?.psk(0, &psk.0)?.prologue(PROLOGUE)
+/// A seed makes the ephemeral key predictable: for tests alone.
+fn builder<'a>(psk: &'a Key, seed: Option<u64>) -> Result<snow::Builder<'a>, snow::Error> {
+    suite::builder(PATTERN, seed)?.psk(0, &psk.0)?.prologue(PROLOGUE)
 }
 
 fn mac_key(psk: &Key, relay: &[u8; KEY_LEN]) -> hmac::Key {
@@ -91,7 +92,16 @@ impl Dialer {
     /// # Errors
     /// Where the relay's key is no key.
     pub fn new(relay: &[u8; KEY_LEN], epoch: u8, psk: &Key) -> Result<(Self, Vec<u8>), Reject> {
-        let noise = builder(psk).and_then(|b| b.remote_public_key(relay)?.build_initiator());
+        Self::seeded(relay, epoch, psk, None)
+    }
+
+    pub(super) fn seeded(
+        relay: &[u8; KEY_LEN],
+        epoch: u8,
+        psk: &Key,
+        seed: Option<u64>,
+    ) -> Result<(Self, Vec<u8>), Reject> {
+        let noise = builder(psk, seed).and_then(|b| b.remote_public_key(relay)?.build_initiator());
         let mut noise = noise.map_err(|_| Reject::Malformed)?;
         let mut message = [0; MESSAGE];
         noise.write_message(&[], &mut message).map_err(|_| Reject::Malformed)?;
@@ -129,8 +139,17 @@ pub fn recognise<'i>(identity: &'i Identity, hello: &[u8]) -> Result<&'i Key, Re
 /// # Errors
 /// Where the handshake does not open.
 pub fn answer(identity: &Identity, psk: &Key, hello: &[u8]) -> Result<(Vec<u8>, Sealer, Opener), Reject> {
+    answer_seeded(identity, psk, hello, None)
+}
+
+pub(super) fn answer_seeded(
+    identity: &Identity,
+    psk: &Key,
+    hello: &[u8],
+    seed: Option<u64>,
+) -> Result<(Vec<u8>, Sealer, Opener), Reject> {
     let message = hello.get(3..3 + MESSAGE).ok_or(Reject::Malformed)?;
-    let noise = builder(psk).and_then(|b| b.local_private_key(&identity.secret.0)?.build_responder());
+    let noise = builder(psk, seed).and_then(|b| b.local_private_key(&identity.secret.0)?.build_responder());
     let mut noise = noise.map_err(|_| Reject::Malformed)?;
     noise.read_message(message, &mut [0; MESSAGE]).map_err(|_| Reject::Stranger)?;
     let mut reply = [0; MESSAGE];
@@ -210,7 +229,7 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        let pair = builder(&Key([0; 32])).unwrap().generate_keypair().unwrap();
+        let pair = builder(&Key([0; 32]), None).unwrap().generate_keypair().unwrap();
         let mut secret = Key([0; 32]);
         secret.0.copy_from_slice(&pair.private);
         let public = pair.public.try_into().unwrap();
