@@ -385,7 +385,7 @@ impl Monitor {
     /// # Errors
     /// When the socket is broken.
     pub async fn changed(&self) -> io::Result<()> {
-        self.socket.readable().await?;
+        futures_lite::future::poll_fn(|cx| self.socket.poll_readable(cx)).await?;
         let mut buffer = [0; 512];
         // What was lost (ENOBUFS) or is too large for the buffer is a change like any other. At most as many
         // as one turn may take: a storm of routes must not own the loop.

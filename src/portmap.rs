@@ -53,7 +53,7 @@ impl Mapper {
     /// When the socket cannot be waited for.
     pub async fn readable(&self) -> io::Result<()> {
         match &self.socket {
-            Some(socket) => socket.readable().await,
+            Some(socket) => futures_lite::future::poll_fn(|cx| socket.poll_readable(cx)).await,
             None => std::future::pending().await,
         }
     }

@@ -303,7 +303,8 @@ async fn into_stream<S: AsyncWrite + Unpin>(
                 take(from.get_ref(), written)?;
                 add(count, written as u64);
                 moved += written;
-                Poll::Ready(Ok(Burst::Spent))
+                let all = written == waiting.len() && written < SCRATCH;
+                Poll::Ready(Ok(if all { Burst::Dry } else { Burst::Spent }))
             })
         })
         .await?;

@@ -66,7 +66,8 @@ use crate::{
 use anyhow::{Context as _, bail};
 use futures_lite::{
     FutureExt as _,
-    future::{or, yield_now},
+    future::{or, poll_fn, yield_now},
+    ready,
 };
 use identity::{Bundle, KeyPair, Secret};
 use node::{Event, Node, NodeConfig, Output};
@@ -81,6 +82,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     sync::{Arc, atomic::AtomicU32},
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -123,6 +125,8 @@ pub struct Driver {
     mapper: Mapper,
     /// For relays, or nodes, that have no UDP.
     carrier: Rc<Carrier>,
+    /// It rings at this time or, where that was put off since, too early: a timer made anew costs five system calls.
+    alarm: Option<(Instant, Timer)>,
 }
 
 /// Why the driver is awake.
@@ -204,7 +208,10 @@ impl Driver {
         }
         let port = socket.get_ref().local_addr()?.port();
         let udp = UdpSocketState::new(UdpSockRef::from(socket.get_ref()))?;
-        let _ = udp.set_recv_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
+        // Beyond what the system allows everybody where we may: a relay's bursts are lost else.
+        if rustix::net::sockopt::set_socket_recv_buffer_size_force(socket.get_ref(), SOCKET_BUFFER).is_err() {
+            let _ = udp.set_recv_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
+        }
         let _ = udp.set_send_buffer_size(UdpSockRef::from(socket.get_ref()), SOCKET_BUFFER);
         let node = NodeConfig {
             local,
@@ -249,6 +256,7 @@ impl Driver {
             links,
             mapper: Mapper::new(port, config.port_mapping),
             carrier,
+            alarm: None,
         };
         Ok((driver, handle))
     }
@@ -318,13 +326,18 @@ impl Driver {
 
     /// Only readiness, bells and timers are raced: nothing is lost when one wins.
     async fn wait(&mut self, bell: &mut Listener, wake: Option<Instant>) -> io::Result<Woke> {
-        let timer = async {
-            match wake {
-                Some(at) => Timer::at(at).await,
-                None => Timer::never().await,
-            };
-            Ok(Woke::Ready)
-        };
+        if let Some(at) = wake
+            && self.alarm.as_ref().is_none_or(|(set, _)| at < *set)
+        {
+            self.alarm = Some((at, Timer::at(at)));
+        }
+        let alarm = &mut self.alarm;
+        let timer = poll_fn(|cx| {
+            let Some((_, timer)) = alarm else { return Poll::Pending };
+            ready!(Pin::new(timer).poll(cx));
+            *alarm = None;
+            Poll::Ready(Ok(Woke::Ready))
+        });
         let rung = async {
             bell.rung().await;
             Ok(Woke::Ready)
@@ -341,7 +354,8 @@ impl Driver {
         };
         let links = async { self.links.changed().await.map(|()| Woke::Links) };
         let gateway = async { self.mapper.readable().await.map(|()| Woke::Ready) };
-        let readable = async { self.socket.readable().await.map(|()| Woke::Ready) };
+        // Unlike readable(), these stay registered with the kernel from turn to turn.
+        let readable = poll_fn(|cx| self.socket.poll_readable(cx).map_ok(|()| Woke::Ready));
         or(or(rung, readable), or(links, or(timer, or(resolved, gateway)))).await
     }
 

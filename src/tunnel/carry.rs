@@ -346,7 +346,7 @@ impl Node {
         slot.rx_bytes += len;
         let path = slot.path;
         let Some(name) = slot.peer.clone() else { return };
-        self.path_heard(now, &name, origin);
+        self.path_heard(now, &name, origin, len as usize);
         let Origin::Relay { relay, flow } = origin else { return };
         let lag = FOLLOW[usize::from(self.name > name)];
         let Some(peer) = self.peers.get_mut(&name) else { return };

@@ -149,7 +149,7 @@ impl Node {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.tx_bytes += buf.len() as u64;
         }
-        self.path_sent(now, index);
+        self.path_sent(now, index, buf.len());
         Some((to, segment))
     }
 

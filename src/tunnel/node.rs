@@ -162,7 +162,7 @@ impl Node {
             streams: Streams::default(),
             homes,
             relay,
-            outbox: Outbox::default(),
+            outbox: Outbox::new(config.gso),
             events: VecDeque::new(),
             dirty: VecDeque::new(),
             due: Some(now),
@@ -195,6 +195,7 @@ impl Node {
     /// Segmentation offload was found not to work.
     pub fn set_gso(&mut self, gso: usize) {
         self.gso = gso.max(1);
+        self.outbox.gso = self.gso;
     }
 
     /// The port of a relay of our list.

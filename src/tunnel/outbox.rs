@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 const BYTES_MAX: usize = 2 << 20;
 /// Emptied buffers that are kept for the next datagrams.
 const POOL_MAX: usize = 8;
+/// Bytes that leave by one call: an IPv4 packet's most, before the kernel cuts it up.
+const JOINED_MAX: usize = 60 << 10;
 
 #[derive(Debug)]
 pub(super) struct Outgoing {
@@ -22,9 +24,30 @@ pub(super) struct Outbox {
     queue: VecDeque<Outgoing>,
     held: usize,
     pool: Vec<Vec<u8>>,
+    /// Datagrams that one send may carry; 0 and 1: each leaves by itself.
+    pub(super) gso: usize,
+}
+
+impl Outgoing {
+    /// Takes in more datagrams where all but the last are still of one size.
+    fn join(&mut self, to: Way, batch: &[u8], segment: usize, gso: usize) -> bool {
+        let size = self.segment.unwrap_or(self.bytes.len());
+        let len = self.bytes.len() + batch.len();
+        let alike = segment == size || (batch.len() <= segment && segment < size);
+        let fits = self.to == to && alike && self.bytes.len() % size == 0 && len <= JOINED_MAX.min(gso * size);
+        if fits {
+            self.bytes.extend_from_slice(batch);
+            self.segment = Some(size);
+        }
+        fits
+    }
 }
 
 impl Outbox {
+    pub(super) fn new(gso: usize) -> Self {
+        Self { gso, ..Self::default() }
+    }
+
     /// Bytes that wait.
     pub(super) fn len(&self) -> usize {
         self.held
@@ -36,15 +59,21 @@ impl Outbox {
         self.enqueue(Outgoing { to: to.into(), bytes, segment: None })
     }
 
-    /// Several datagrams of `segment` bytes (the last may be shorter) to one address.
+    /// Several datagrams of `segment` bytes (the last may be shorter) to one address; they leave together with those
+    /// that were put in just before.
     #[must_use]
     pub(super) fn push_batch(&mut self, to: impl Into<Way>, batch: &[u8], segment: usize) -> bool {
         if self.held + batch.len() > BYTES_MAX {
             return false;
         }
+        let (to, segment) = (to.into(), segment.min(batch.len()));
+        if self.queue.back_mut().is_some_and(|last| last.join(to, batch, segment, self.gso)) {
+            self.held += batch.len();
+            return true;
+        }
         let mut bytes = self.pool.pop().unwrap_or_default();
         bytes.extend_from_slice(batch);
-        self.enqueue(Outgoing { to: to.into(), bytes, segment: (batch.len() > segment).then_some(segment) })
+        self.enqueue(Outgoing { to, bytes, segment: (batch.len() > segment).then_some(segment) })
     }
 
     fn enqueue(&mut self, out: Outgoing) -> bool {
@@ -84,5 +113,35 @@ mod tests {
         assert_eq!(out.pop(&mut buf), Some((to.into(), Some(1213))));
         assert_eq!(buf, batch);
         assert!(out.push(to, vec![1]));
+    }
+
+    #[test]
+    fn datagrams_of_one_size_to_one_address_leave_together() {
+        let (here, there): (std::net::SocketAddr, _) = ("1.2.3.4:5".parse().unwrap(), "1.2.3.4:6".parse().unwrap());
+        let mut out = Outbox::new(4);
+        // (address, bytes, size): five alike; another address; a shorter last one; longer ones; a batch with its own last.
+        for (to, len, size) in [(here, 9, 9); 5] {
+            assert!(out.push_batch(to, &vec![1; len], size));
+        }
+        for (to, len, size) in [(there, 9, 9), (there, 5, 5), (there, 5, 5), (here, 8, 8), (here, 9, 9), (here, 15, 9)]
+        {
+            assert!(out.push_batch(to, &vec![2; len], size));
+        }
+        assert!(out.push(here, vec![3; 9]));
+        let (mut buf, mut left) = (Vec::new(), Vec::new());
+        while let Some((to, segment)) = out.pop(&mut buf) {
+            left.push((to.remote.port(), buf.len(), segment));
+        }
+        let wanted = [
+            (5, 36, Some(9)),
+            (5, 9, None),
+            (6, 14, Some(9)),
+            (6, 5, None),
+            (5, 8, None),
+            (5, 24, Some(9)),
+            (5, 9, None),
+        ];
+        assert_eq!(left, wanted);
+        assert_eq!(out.len(), 0);
     }
 }

@@ -38,6 +38,8 @@ const ROUND_GAP_BUSY: Duration = Duration::from_secs(45);
 /// learns of a rebinding too.
 const BUSY: Duration = Duration::from_secs(10);
 const PING_BUSY: Duration = Duration::from_secs(1);
+/// A QUIC datagram of at most so many bytes is a keepalive or its ACK, or next to nothing: no path is busy with these.
+const QUIET: usize = 48;
 /// Below the 30 s for which many home NATs keep an idle UDP mapping, despite RFC 4787 REQ-5's two minutes.
 const KEEPALIVE: Duration = Duration::from_secs(25);
 /// A peer that was not used for so long may lose its mapping.
@@ -95,6 +97,8 @@ pub(super) struct Paths {
     next_ping: Option<Instant>,
     /// Bytes of QUIC's, either way.
     used: Option<Instant>,
+    /// When data went either way.
+    busy: Option<Instant>,
     /// The first send by the direct path since something last came by it.
     silent_since: Option<Instant>,
     suspect: bool,
@@ -227,8 +231,11 @@ impl Paths {
     }
 
     /// Bytes of QUIC's went either way.
-    fn use_now(&mut self, now: Instant) {
+    fn use_now(&mut self, now: Instant, len: usize) {
         self.used = Some(now);
+        if len > QUIET {
+            self.busy = Some(now);
+        }
         let soon = now + ROUND_GAP_BUSY;
         self.next_round = self.next_round.map(|at| at.min(soon));
     }
@@ -305,9 +312,9 @@ impl Paths {
         }
     }
 
-    /// Bytes of QUIC's were sent to the peer.
-    pub(super) fn sent(&mut self, now: Instant) {
-        self.use_now(now);
+    /// So many bytes of QUIC's were sent to the peer.
+    pub(super) fn sent(&mut self, now: Instant, len: usize) {
+        self.use_now(now, len);
         if matches!(self.current, Some(Path::Direct(_))) && self.silent_since.is_none() {
             self.silent_since = Some(now);
             let nudge = now + NUDGE;
@@ -315,12 +322,11 @@ impl Paths {
         }
     }
 
-    /// Bytes of QUIC's came from the peer, by whatever path.
-    pub(super) fn received(&mut self, now: Instant) {
-        self.use_now(now);
-        if self.next_ping.is_none() {
-            self.next_ping = Some(now + PING_BUSY);
-        }
+    /// So many bytes of QUIC's came from the peer, by whatever path.
+    pub(super) fn received(&mut self, now: Instant, len: usize) {
+        self.use_now(now, len);
+        let soon = now + PING_BUSY;
+        self.next_ping = Some(self.next_ping.map_or(soon, |at| if len > QUIET { at.min(soon) } else { at }));
     }
 
     /// The peer says that what we send directly does not arrive.
@@ -410,12 +416,12 @@ impl Paths {
         if at > now {
             return;
         }
-        let idle = self.used.map_or(IN_USE, |used| now.saturating_duration_since(used));
+        let since = |at: Option<Instant>| at.map_or(IN_USE, |at| now.saturating_duration_since(at));
         self.next_ping = if self.silent_since.is_some() {
             Some(now + NUDGE)
-        } else if idle < BUSY {
+        } else if since(self.busy) < BUSY {
             Some(now + PING_BUSY)
-        } else if idle < IN_USE {
+        } else if since(self.used) < IN_USE {
             Some(now + KEEPALIVE)
         } else {
             None
@@ -505,7 +511,7 @@ mod tests {
         m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
         let mut rounds = Vec::new();
         for second in 0..600 {
-            m.paths.received(m.now);
+            m.paths.received(m.now, 1200);
             let calls = m.run(SEC).into_iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
             rounds.extend(calls.map(|_| second));
         }
@@ -517,12 +523,12 @@ mod tests {
     #[test]
     fn failed_rounds_of_a_peer_that_says_little_come_seldom() {
         let mut m = Machine::new();
-        m.paths.received(m.now);
+        m.paths.received(m.now, 1200);
         m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
         let calls = |d: Vec<(Duration, Do)>| d.iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { .. })).count();
         assert_eq!(calls(m.run(90 * SEC)), 3, "after 5, 15 and 60 s");
         assert_eq!(calls(m.run(200 * SEC)), 0);
-        m.paths.sent(m.now);
+        m.paths.sent(m.now, 1200);
         assert_eq!(calls(m.run(46 * SEC)), 1, "bytes flow again");
     }
 
@@ -530,7 +536,7 @@ mod tests {
     fn silence_makes_suspect_and_then_relays_and_an_answer_ends_it() {
         let mut m = Machine::new();
         m.direct("11.0.0.1:5");
-        m.paths.sent(m.now);
+        m.paths.sent(m.now, 1200);
         let said: Vec<(Duration, Do)> = m
             .run(4 * SEC)
             .into_iter()
@@ -540,7 +546,7 @@ mod tests {
 
         let mut m = Machine::new();
         let address = m.direct("11.0.0.1:5");
-        m.paths.sent(m.now);
+        m.paths.sent(m.now, 1200);
         m.run(2 * SEC);
         let mut out = Vec::new();
         m.paths.came_from(m.now, address, &mut m.rng, &mut out);
@@ -575,7 +581,7 @@ mod tests {
         let mut m = Machine::new();
         let address = m.direct("11.0.0.1:5");
         m.run(2 * SEC); // the rest of the round
-        m.paths.received(m.now);
+        m.paths.received(m.now, 1200);
         let mut pings = 0;
         for _ in 0..400 {
             for (_, what) in m.run(SEC) {
@@ -605,5 +611,25 @@ mod tests {
             }
         }
         assert_eq!((m.paths.current(), m.paths.last_good()), (None, Some(address.remote)));
+    }
+
+    #[test]
+    fn keepalives_alone_cost_few_pings() {
+        let mut m = Machine::new();
+        m.direct("11.0.0.1:5");
+        let mut pings = 0;
+        for step in 0..600 * 20 {
+            if step % 400 == 0 {
+                m.paths.sent(m.now, QUIET);
+                m.paths.received(m.now, QUIET);
+            }
+            for (_, what) in m.run(SEC / 20) {
+                let Do::Ping { txid, .. } = what else { continue };
+                m.paths.ponged(m.now, txid, &mut Vec::new());
+                pings += 1;
+            }
+        }
+        assert!((25..=70).contains(&pings), "{pings} in ten minutes");
+        assert!(matches!(m.paths.current(), Some(Path::Direct(_))), "it is not left to lapse");
     }
 }

@@ -272,19 +272,19 @@ impl Node {
     }
 
     /// A QUIC datagram of this peer's came by this way.
-    pub(super) fn path_heard(&mut self, now: Instant, name: &str, origin: Origin) {
+    pub(super) fn path_heard(&mut self, now: Instant, name: &str, origin: Origin, len: usize) {
         self.with_paths(now, name, |peer, rng, out| {
-            peer.paths.received(now);
+            peer.paths.received(now, len);
             if let Origin::Address(from) = origin {
                 peer.paths.came_from(now, from, rng, out);
             }
         });
     }
 
-    pub(super) fn path_sent(&mut self, now: Instant, index: u32) {
+    pub(super) fn path_sent(&mut self, now: Instant, index: u32, len: usize) {
         let Some(name) = self.slots.get(index).and_then(|s| s.peer.as_ref()) else { return };
         if let Some(peer) = self.peers.get_mut(name) {
-            peer.paths.sent(now);
+            peer.paths.sent(now, len);
         }
     }
 

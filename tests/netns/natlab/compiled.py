@@ -11,10 +11,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def compiled(source, *flags, compiler=None):
-    """Path of the program made from `natlab/SOURCE`."""
-    path = f"{HERE}/{source}"
+    """Path of the program made from `natlab/SOURCE`, or from another path."""
+    path = os.path.join(HERE, source)
     with open(path, "rb") as f:
-        name = f"{source.removesuffix('.c')}-{hashlib.sha256(f.read() + ' '.join([*flags, compiler or '']).encode()).hexdigest()[:12]}"
+        name = f"{os.path.basename(source).removesuffix('.c')}-{hashlib.sha256(f.read() + ' '.join([*flags, compiler or '']).encode()).hexdigest()[:12]}"
     target = os.environ.get("CARGO_TARGET_DIR") or os.path.join(HERE, "..", "..", "..", "target")
     folder = os.path.join(os.path.abspath(target), "netns")
     try:

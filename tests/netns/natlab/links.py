@@ -23,21 +23,26 @@ class Link:
         child, parent = (self.child, self.child_dev), (self.parent, self.parent_dev)
         return {"up": (child, parent), "down": (parent, child)}
 
-    def impair(self, delay=0.0, jitter=0.0, loss=0.0, rate=0.0, queue=100.0, way="both"):
-        """`delay`, `jitter` (order is kept) and `queue` in ms, `loss` in percent, `rate` in Mbit/s; each direction has
-        its own. Rate alone is done by tbf, loss alone by nft; the rest by the shim."""
+    def impair(self, delay=0.0, jitter=0.0, loss=0.0, rate=0.0, queue=100.0, late=0.0, late_by=10.0, way="both"):
+        """`delay`, `jitter` (order is kept) and `queue` in ms, `loss` in percent, `rate` in Mbit/s; `late` percent come
+        `late_by` ms late, out of order; each direction has its own. Rate alone is done by tbf, loss alone by nft; the rest by the shim."""
         self.clear()
         for name, ((node, device), far) in self.ends().items():
             if way not in ("both", name):
                 continue
-            if delay or jitter or (loss and rate):
-                self._shim(node, device, delay, jitter, loss, rate, queue)
+            if delay or jitter or late or (loss and rate):
+                self._shim(node, device, delay, jitter, loss, rate, queue, late, late_by)
             elif rate:
                 burst = max(3200, int(rate * 1e6 / 8 * 0.005))
                 self._tc(node, f"qdisc add dev {device} root tbf rate {int(rate * 1000)}kbit burst {burst} latency {queue:g}ms")
             elif loss:
                 # Where frames arrive: a drop on the way out would be told to the sending program.
                 self._ingress(far, "loss", f"numgen random mod 1000000 < {int(loss * 10000)} drop")
+
+    def most(self, size):
+        """IP packets above `size` vanish, both ways, and nobody is told; 0: none."""
+        for _, far in self.ends().values():
+            self._ingress(far, "most", size and f"ip length > {size} drop")
 
     def clear(self):
         for shim in self.shims:
@@ -77,10 +82,11 @@ class Link:
     def _tc(node, line, check=True):
         kernel.run(["tc", "-n", node.ns, *line.split()], check=check)
 
-    def _shim(self, node, device, delay, jitter, loss, rate, queue):
+    def _shim(self, node, device, delay, jitter, loss, rate, queue, late, late_by):
         tap = f"i{device}"[:15]
         log = f"{node.lab.folder}/shim-{node.name}-{device}.log"
-        numbers = [int(delay * 1000), int(jitter * 1000), int(loss * 10000), int(rate * 1000), int(queue * 1000)]
+        numbers = [int(delay * 1000), int(jitter * 1000), int(loss * 10000), int(rate * 1000), int(queue * 1000),
+                   int(late * 10000), int(late_by * 1000)]
         shim = node.spawn(compiled("shim.c"), device, tap, *map(str, numbers), log=log)
         self.shims.append(shim)
         from .world import wait_for

@@ -1,10 +1,11 @@
 /* Delay, jitter, loss and rate for one direction of a link, for kernels without netem.
  *
- * usage: shim DEV TAP DELAY_US JITTER_US LOSS_PPM RATE_KBIT QUEUE_US     (in the namespace of DEV)
+ * usage: shim DEV TAP DELAY_US JITTER_US LOSS_PPM RATE_KBIT QUEUE_US LATE_PPM LATE_US     (in the namespace of DEV)
  *
  * tc redirects what would leave by DEV to TAP, a device of ours; we read each frame there, let it wait, and put it on
  * DEV by a packet socket that goes around the qdiscs, hence around the redirect. A TAP has no offloads, so the kernel
- * cuts bursts up and fills in checksums before we see them. Order is always kept: waiting frames form a ring. */
+ * cuts bursts up and fills in checksums before we see them. Waiting frames form a ring, in which
+ * order is kept; a second one holds those that come late by LATE_US, and so out of order. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -38,7 +39,11 @@ static unsigned char *bytes;
 static unsigned head, tail; /* head: next to send, tail: next free; equal: empty */
 static uint64_t delay, jitter, queue, busy, last;
 static uint64_t taken, sent, lost, full, errors;
-static unsigned loss;
+static unsigned loss, late;
+static uint64_t late_by;
+static struct frame late_ring[RING];
+static unsigned char *late_bytes;
+static unsigned late_head, late_tail;
 static double ns_per_byte;
 static volatile sig_atomic_t over;
 
@@ -114,6 +119,12 @@ static void take(int len, uint64_t t) /* the frame is in the slot `tail` */
     }
     due += delay;
     if (jitter) due += dice() % (jitter + 1);
+    if (late && dice() % 1000000 < late && (late_tail + 1) % RING != late_head) {
+        memcpy(late_bytes + (size_t)late_tail * FRAME, bytes + (size_t)tail * FRAME, (size_t)len);
+        late_ring[late_tail] = (struct frame){due + late_by, len};
+        late_tail = (late_tail + 1) % RING;
+        return;
+    }
     if (due < last) due = last;
     last = due;
     if ((tail + 1) % RING == head) { full++; return; }
@@ -121,24 +132,33 @@ static void take(int len, uint64_t t) /* the frame is in the slot `tail` */
     tail = (tail + 1) % RING;
 }
 
-static void release(int wire, uint64_t t)
+static unsigned put(int wire, uint64_t t, const struct frame *frames, const unsigned char *from, unsigned first, unsigned end)
 {
-    for (; head != tail && ring[head].due <= t; head = (head + 1) % RING) {
-        if (send(wire, bytes + (size_t)head * FRAME, (size_t)ring[head].len, 0) < 0) errors++;
+    for (; first != end && frames[first].due <= t; first = (first + 1) % RING) {
+        if (send(wire, from + (size_t)first * FRAME, (size_t)frames[first].len, 0) < 0) errors++;
         else sent++;
     }
+    return first;
+}
+
+static void release(int wire, uint64_t t)
+{
+    head = put(wire, t, ring, bytes, head, tail);
+    late_head = put(wire, t, late_ring, late_bytes, late_head, late_tail);
 }
 
 int main(int argc, char **argv)
 {
-    if (argc != 8) { fprintf(stderr, "usage: shim DEV TAP DELAY_US JITTER_US LOSS_PPM RATE_KBIT QUEUE_US\n"); return 2; }
+    if (argc != 10) { fprintf(stderr, "usage: shim DEV TAP DELAY_US JITTER_US LOSS_PPM RATE_KBIT QUEUE_US LATE_PPM LATE_US\n"); return 2; }
     delay = strtoull(argv[3], NULL, 10) * 1000;
     jitter = strtoull(argv[4], NULL, 10) * 1000;
     loss = (unsigned)strtoul(argv[5], NULL, 10);
     unsigned long rate = strtoul(argv[6], NULL, 10);
     ns_per_byte = rate ? 8e6 / (double)rate : 0;
     queue = strtoull(argv[7], NULL, 10) * 1000;
-    if (!(bytes = malloc((size_t)RING * FRAME))) fail("memory");
+    late = (unsigned)strtoul(argv[8], NULL, 10);
+    late_by = strtoull(argv[9], NULL, 10) * 1000;
+    if (!(bytes = malloc((size_t)RING * FRAME)) || !(late_bytes = malloc((size_t)RING * FRAME))) fail("memory");
     signal(SIGTERM, stop);
     signal(SIGINT, stop);
     prctl(PR_SET_TIMERSLACK, 1);
@@ -151,6 +171,7 @@ int main(int argc, char **argv)
         uint64_t t = now();
         release(wire, t);
         uint64_t wait = head == tail ? 200000000u : ring[head].due - t;
+        if (late_head != late_tail && late_ring[late_head].due - t < wait) wait = late_ring[late_head].due - t;
         struct timespec span = {(time_t)(wait / 1000000000u), (long)(wait % 1000000000u)};
         struct pollfd p = {tap, POLLIN, 0};
         ppoll(&p, 1, &span, NULL);
