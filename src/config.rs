@@ -12,6 +12,7 @@ mod service;
 pub use error::ConfigError;
 
 use crate::{
+    carrier::connect::Proxy,
     kube::access::Server,
     tunnel::{RelayLimits, identity::node_name},
 };
@@ -233,6 +234,10 @@ pub struct TunnelConfig {
     pub congestion: Congestion,
     /// `name@host:port`; those of the bundle are used too.
     pub relays: Vec<RelayName>,
+    /// Where relays listen, and are tried, by TCP; 0: nowhere.
+    pub tcp_fallback: u16,
+    /// The way out for TCP.
+    pub proxy: Option<Proxy>,
 }
 
 /// A relay as the user writes it: `name@host:port`.

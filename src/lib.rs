@@ -53,6 +53,9 @@
 //! that says nothing for a second after a question is avoided; its registration is asked after until it answers, or
 //! says that it was restarted. Whoever is at none of our relays is found by its entry, at its own.
 //!
+//! Where UDP is dead `carrier` takes the datagrams for a relay by TCP instead: `detour` opens such connections at a node,
+//! `reception` takes them at a relay, to which such a node is one more address. The tunnel itself knows no difference.
+//!
 //! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
 //! relay's sealed PONG tells. A node's entry is not signed, since its key is one for key agreement: who leaves it
@@ -63,6 +66,7 @@ pub mod api;
 pub mod app;
 pub mod backoff;
 pub mod ca;
+pub mod carrier;
 pub mod check;
 pub mod cli;
 pub mod clock;
@@ -70,6 +74,7 @@ pub mod config;
 mod conn;
 pub mod conntrack;
 mod credentials;
+pub mod detour;
 pub mod disk;
 pub mod dns;
 pub mod encoding;
@@ -86,6 +91,7 @@ pub mod notify;
 pub mod portmap;
 pub mod proxy;
 pub mod pump;
+pub mod reception;
 mod reload;
 pub mod resolver;
 pub mod rules;

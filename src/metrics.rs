@@ -136,6 +136,12 @@ counters! {
         relay_drops,
         /// Datagrams not relayed: they and those behind them had waited too long.
         relay_late,
+        /// TCP connections to the relay that showed no psk of ours, in time or at all.
+        tcp_strangers,
+        /// Nodes that came by TCP and were turned away: too many.
+        tcp_full,
+        /// Datagrams dropped because a TCP connection was full.
+        tcp_drops,
         /// Handshakes put off: the budget for public-key work or the room for them was used up.
         budget_exceeded,
         /// Connections closed because there were too many.

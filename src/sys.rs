@@ -14,6 +14,9 @@ use libc::{c_int, c_void, socklen_t};
 /// `IP6T_SO_ORIGINAL_DST`, linux/netfilter_ipv6/ip6_tables.h.
 const IP6T_SO_ORIGINAL_DST: c_int = 80;
 
+/// linux/tcp.h.
+const TCP_NOTSENT_LOWAT: c_int = 25;
+
 /// Connections that the kernel keeps for us until they are accepted; it lowers this to net.core.somaxconn.
 const BACKLOG: c_int = 1024;
 
@@ -345,6 +348,14 @@ pub fn interface_of(stream: &TcpStream) -> io::Result<u32> {
 /// As setsockopt(2).
 pub fn nodelay(fd: &impl AsFd) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)
+}
+
+/// Has a TCP socket count as writable only while less than this has not been sent (tcp(7): TCP_NOTSENT_LOWAT).
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn queue_less(fd: &impl AsFd, bytes: u32) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, bytes)
 }
 
 fn socket(domain: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd> {

@@ -41,17 +41,21 @@ mod view;
 mod ways;
 mod windows;
 
+pub(crate) use admit::Effort;
 pub use home::RelaySpec;
 pub use keys::Key;
+pub(crate) use keys::{Aead, derive};
 pub use lan::Link;
 pub use path::Way;
 pub use recall::Remembered;
 pub use relay::{Rate, RelayLimits, RelayLoad};
+pub(crate) use stream::Shared;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
 pub use view::Sizes;
 
 use crate::{
+    carrier::{self, Carrier, address, noise::Identity},
     clock::Clock,
     config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
@@ -81,7 +85,6 @@ use std::{
     task::Poll,
     time::{Duration, Instant},
 };
-use stream::Shared;
 
 /// Datagrams, or batches of them, that one receive call takes. More of them are no faster: without GRO it is the kernel's
 /// work for each datagram that counts, with it their buffers are 64 kB each.
@@ -94,6 +97,8 @@ const BUDGET: usize = 16;
 const GSO_MOST: usize = 32;
 /// What the kernel keeps for us while other tasks run; it may grant less.
 const SOCKET_BUFFER: usize = 1 << 20;
+/// Before a proxy is left to look up a relay's name.
+const PROXIED_LOOKUP: Duration = Duration::from_secs(1);
 /// Relays' names that wait to be looked up; there are at most 8 relays.
 const LOOKUPS_MAX: usize = 16;
 
@@ -118,6 +123,8 @@ pub struct Driver {
     tries: Vec<usize>,
     links: Links,
     mapper: Mapper,
+    /// For relays, or nodes, that have no UDP.
+    carrier: Rc<Carrier>,
     /// It rings at this time or, where that was put off since, too early: a timer made anew costs five system calls.
     alarm: Option<(Instant, Timer)>,
 }
@@ -180,6 +187,11 @@ impl Driver {
             }
         }
         relays.retain(|r| r.certificate.name != name);
+        let identity = Identity {
+            secret: keys::Key(*pair.private.expose()),
+            public: pair.public,
+            psks: bundle.psks.iter().map(|p| (p.epoch, keys::Key(*p.key.expose()))).collect(),
+        };
         let local = Local {
             secret: keys::Key(*pair.private.expose()),
             public: pair.public,
@@ -216,6 +228,18 @@ impl Driver {
         node.remember(remembered);
         let shared = Shared::new(node, clock);
         let handle = Handle::new(&shared);
+        let carrier = carrier::Setup {
+            shared: Rc::clone(&shared),
+            identity,
+            clock,
+            count: Rc::clone(&counters),
+            lookup: Rc::clone(&lookup),
+            mark,
+            udp: socket.get_ref().try_clone()?,
+            v6,
+            is_relay,
+        };
+        let carrier = Carrier::new(config, carrier);
         let links = Links::new(config, &socket, v6, port);
         let driver = Self {
             socket,
@@ -231,6 +255,7 @@ impl Driver {
             tries: Vec::new(),
             links,
             mapper: Mapper::new(port, config.port_mapping),
+            carrier,
             alarm: None,
         };
         Ok((driver, handle))
@@ -248,7 +273,16 @@ impl Driver {
     ///
     /// # Errors
     /// When the socket can no longer be waited for.
-    pub async fn run(mut self) -> anyhow::Result<()> {
+    pub async fn run(self) -> anyhow::Result<()> {
+        let carrier = Rc::clone(&self.carrier);
+        let carried = async {
+            carrier.run().await;
+            Ok(())
+        };
+        or(self.drive(), carried).await
+    }
+
+    async fn drive(mut self) -> anyhow::Result<()> {
         let most = self.udp.max_gso_segments().min(GSO_MOST);
         let gso = if most > 1 && probe_gso().await { most } else { 1 };
         log::debug!(target: "tunnel", "segments per send: {gso}, per receive: {}", self.udp.gro_segments());
@@ -358,6 +392,7 @@ impl Driver {
         let Some((relay, port, host)) = self.lookups.pop_front() else { return };
         let found = (self.lookup)(host.clone());
         let v6 = self.v6;
+        let unknown = self.carrier.proxy.as_ref().map(|_| address::unknown(relay, port));
         // Two views of IPv4 tell what a NAT does, so IPv4 goes first where there is any.
         let v4_first = self.links.survey.uplinks.iter().any(|u| u.address.is_ipv4());
         self.tries.resize(self.tries.len().max(relay + 1), 0);
@@ -365,6 +400,19 @@ impl Driver {
         self.tries[relay] = turn.wrapping_add(1);
         self.resolving = Some(
             async move {
+                // A proxy may know a name that we cannot look up, and where one is needed our servers may be cut off.
+                let found = async {
+                    match unknown {
+                        Some(_) => {
+                            or(found, async {
+                                Timer::after(PROXIED_LOOKUP).await;
+                                bail!("no answer")
+                            })
+                            .await
+                        }
+                        None => found.await,
+                    }
+                };
                 let address = match found.await {
                     Ok(mut list) => {
                         list.retain(|ip| ip.is_ipv4() || v6);
@@ -374,7 +422,7 @@ impl Driver {
                     }
                     Err(error) => Err(format!("{host} was not found: {error}")),
                 };
-                (relay, address)
+                (relay, address.or_else(|why| unknown.ok_or(why)))
             }
             .boxed_local(),
         );
@@ -382,6 +430,9 @@ impl Driver {
 
     async fn send(&self, way: Way, bytes: &[u8], segment: Option<usize>, rx: &mut [u8]) {
         let (to, src_ip) = (way.remote, way.local);
+        if self.carrier.send(to, bytes, segment) {
+            return;
+        }
         let destination = self.links.destination(to);
         self.links.leave_by(&self.socket, to, src_ip);
         let transmit = Transmit { destination, ecn: None, contents: bytes, segment_size: segment, src_ip };
@@ -419,6 +470,8 @@ impl Driver {
             node.set_uplinks(now, uplinks, survey.near.clone(), self.links.named());
             node.set_links(now, survey.links.clone(), self.port);
             self.mapper.set_gateway(now, survey.gateway);
+            drop(node);
+            self.carrier.detours.moved(&self.carrier);
         }
     }
 
@@ -433,10 +486,15 @@ impl Driver {
             let Ok(count) = received else { return };
             let now = self.clock.now();
             for (meta, chunk) in meta[..count].iter().zip(rx.chunks_exact_mut(RX_BUFFER)) {
+                if address::is_made_up(meta.addr) {
+                    continue;
+                }
                 let way = Way { remote: meta.addr, local: meta.dst_ip };
                 let mut node = self.shared.node();
                 node.handle_datagrams(now, way, &mut chunk[..meta.len], meta.stride);
                 node.account(|| self.clock.now());
+                drop(node);
+                self.carrier.detours.heard_by_udp(&self.carrier, meta.addr);
             }
             if count < RX_BATCH {
                 return;

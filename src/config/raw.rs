@@ -80,6 +80,8 @@ tables! {
         pub(super) profile: Text,
         pub(super) congestion: Text,
         pub(super) relays: Option<Vec<Spanned<String>>>,
+        pub(super) tcp_fallback: Number,
+        pub(super) proxy: Text,
     }
 
     pub(super) struct RawRelay {

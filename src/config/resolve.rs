@@ -3,7 +3,7 @@
 use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
-    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel},
+    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
     read, service,
 };
 use crate::tunnel::{
@@ -74,6 +74,8 @@ impl Default for Config {
                 profile: Profile::Auto,
                 congestion: Congestion::Auto,
                 relays: Vec::new(),
+                tcp_fallback: 443,
+                proxy: None,
             },
             relay: RelayConfig { enable: false, limits: RelayLimits::default() },
             admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock") },
@@ -242,7 +244,24 @@ impl Put<'_> {
         let kinds = [("auto", Congestion::Auto), ("bbr", Congestion::Bbr), ("cubic", Congestion::Cubic)];
         self.choice(&mut c.congestion, "tunnel.congestion", raw.congestion, &kinds)?;
         let relay = "name@host:port, such as relay-1@relay.example:7843";
-        self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())
+        self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())?;
+        self.number(&mut c.tcp_fallback, "tunnel.tcp_fallback", raw.tcp_fallback, 0..=65_535)?;
+        self.proxy_of_tunnel(c, raw.proxy)
+    }
+
+    /// Its password must not be in the error.
+    fn proxy_of_tunnel(&self, c: &mut TunnelConfig, raw: Text) -> Result<(), ConfigError> {
+        let Some(raw) = raw else { return Ok(()) };
+        let text = raw.get_ref();
+        let proxy = if text.is_empty() { Ok(None) } else { text.parse().map(Some) };
+        c.proxy = proxy.map_err(|()| {
+            self.error(
+                &raw,
+                "tunnel.proxy",
+                "expected http://host:port or http://user:password@host:port, with % codes",
+            )
+        })?;
+        Ok(())
     }
 
     fn relay(&self, c: &mut RelayConfig, raw: RawRelay) -> Result<(), ConfigError> {

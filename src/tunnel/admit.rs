@@ -28,18 +28,18 @@ pub(super) enum Verdict {
 }
 
 /// Time for public-key work.
-pub(super) struct Effort {
+pub(crate) struct Effort {
     /// Below 0 after work that took longer than there was time for.
     left: i64,
     at: Instant,
 }
 
 impl Effort {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self { left: micros(EFFORT), at: now }
     }
 
-    pub(super) fn any_left(&mut self, now: Instant) -> bool {
+    pub(crate) fn any_left(&mut self, now: Instant) -> bool {
         let earned = micros(now.saturating_duration_since(self.at)) * micros(EFFORT) / micros(SPAN);
         self.left = (self.left + earned).min(micros(EFFORT));
         // What is too short to earn a microsecond counts next time.
@@ -47,7 +47,7 @@ impl Effort {
         self.left > 0
     }
 
-    pub(super) fn spend(&mut self, took: Duration) {
+    pub(crate) fn spend(&mut self, took: Duration) {
         self.left -= micros(took);
     }
 }

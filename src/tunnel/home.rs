@@ -3,6 +3,7 @@
 //! We register at every relay of the list, so that each holds our entry and any can carry data at once. Two are
 //! more than that: the first, which is the nearest, and one that stands by.
 
+mod carried;
 mod choose;
 mod heard;
 mod rank;
@@ -63,6 +64,8 @@ pub(super) struct Home {
     pub(super) port: u16,
     pub(super) address: Option<SocketAddr>,
     pub(super) note: String,
+    /// Its datagrams go by TCP.
+    pub(super) by_tcp: bool,
     state: State,
     /// The last registration, which fell silent, and where that was.
     ghost: Option<(Box<Up>, SocketAddr)>,
@@ -167,6 +170,7 @@ impl Home {
             host: spec.host,
             port: spec.port,
             note: String::new(),
+            by_tcp: false,
             state,
             ghost: None,
             foreign,

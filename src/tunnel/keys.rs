@@ -50,7 +50,7 @@ pub(super) fn expand(prk: &[u8; KEY_LEN], info: &[&[u8]], out: &mut [u8]) -> Res
 }
 
 /// A 32-byte key for a label and its context.
-pub(super) fn derive(prk: &Key, label: &[u8], context: &[u8]) -> Key {
+pub(crate) fn derive(prk: &Key, label: &[u8], context: &[u8]) -> Key {
     let mut out = Key([0; KEY_LEN]);
     let done = expand(&prk.0, &[label, context], &mut out.0);
     debug_assert!(done.is_ok());
@@ -68,10 +68,10 @@ pub(super) fn extract(salt: &[u8], secret: &[&[u8]], label: &[u8]) -> Key {
 }
 
 /// ChaCha20-Poly1305 under one key.
-pub(super) struct Aead(LessSafeKey);
+pub(crate) struct Aead(LessSafeKey);
 
 impl Aead {
-    pub(super) fn new(key: &Key) -> Self {
+    pub(crate) fn new(key: &Key) -> Self {
         // ring refuses a key of another length alone, and a `Key` has 32 bytes.
         let unbound = UnboundKey::new(&CHACHA20_POLY1305, &key.0);
         #[allow(clippy::expect_used)]
@@ -79,14 +79,14 @@ impl Aead {
     }
 
     /// Encrypts in place; gives the tag. Fails only above 256 GiB (RFC 8439 section 2.8).
-    pub(super) fn seal(&self, nonce: [u8; 12], aad: &[u8], body: &mut [u8]) -> Result<[u8; TAG_LEN], CryptoError> {
+    pub(crate) fn seal(&self, nonce: [u8; 12], aad: &[u8], body: &mut [u8]) -> Result<[u8; TAG_LEN], CryptoError> {
         let nonce = Nonce::assume_unique_for_key(nonce);
         let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), body).map_err(|_| CryptoError)?;
         tag.as_ref().try_into().map_err(|_| CryptoError)
     }
 
     /// Decrypts body and tag in place; gives the length of the body.
-    pub(super) fn open(&self, nonce: [u8; 12], aad: &[u8], body: &mut [u8]) -> Result<usize, CryptoError> {
+    pub(crate) fn open(&self, nonce: [u8; 12], aad: &[u8], body: &mut [u8]) -> Result<usize, CryptoError> {
         let nonce = Nonce::assume_unique_for_key(nonce);
         self.0.open_in_place(nonce, Aad::from(aad), body).map(|plain| plain.len()).map_err(|_| CryptoError)
     }

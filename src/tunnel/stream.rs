@@ -68,14 +68,14 @@ struct Waiting {
 }
 
 /// The node and those who wait for it; shared by the driver, the handles and the streams.
-pub(super) struct Shared {
+pub(crate) struct Shared {
     node: RefCell<Node>,
     /// By the stream's key.
     waiting: RefCell<Vec<Waiting>>,
     incoming: RefCell<VecDeque<(u32, String, Open)>>,
     arrived: Bell,
     /// Wakes the driver.
-    pub(super) bell: Bell,
+    pub(crate) bell: Bell,
     pub(super) closing: Cell<bool>,
     pub(super) closed: Bell,
     clock: Clock,
@@ -96,7 +96,7 @@ impl Shared {
     }
 
     /// Never held over an await.
-    pub(super) fn node(&self) -> RefMut<'_, Node> {
+    pub(crate) fn node(&self) -> RefMut<'_, Node> {
         self.node.borrow_mut()
     }
 

@@ -4,6 +4,7 @@ use super::{
     PeerView, RelayView, congestion::controller, control::Rank, disco::Mapping, home::Shown, node::Node, path::Path,
     peer::Peer,
 };
+use crate::carrier::address::is_made_up;
 use std::{
     net::{IpAddr, SocketAddr},
     time::Instant,
@@ -99,7 +100,10 @@ impl Node {
             let Shown { registered, rtt, observed, rank } = self.homes.shown(relay)?;
             Some(RelayView {
                 name: home.certificate.name.clone(),
-                address: home.address.map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
+                address: home
+                    .address
+                    .filter(|a| !is_made_up(*a))
+                    .map_or_else(|| format!("{}:{}", home.host, home.port), |a| a.to_string()),
                 registered,
                 rtt_ms: rtt.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
                 note: match observed {
@@ -108,6 +112,7 @@ impl Node {
                         Rank::Standby => format!("sees us as {address}, standing by"),
                         Rank::Listed => format!("sees us as {address}"),
                     },
+                    _ if registered && home.by_tcp => "by TCP: it does not answer by UDP".into(),
                     _ => home.note.clone(),
                 },
             })

@@ -1,5 +1,6 @@
 //! One registration at a relay, from our side: is it still there?
 
+use crate::carrier::address::is_client;
 use crate::tunnel::{
     control::{Channel, Control},
     keys::Key,
@@ -209,7 +210,7 @@ impl Up {
         (self.asked, self.unanswered) = (None, 0);
         self.next_ping = now + self.pace(now, chosen);
         self.kept = self.next_ping < now + PING_LISTED;
-        (self.observed, self.load) = (Some(observed), load);
+        (self.observed, self.load) = (Some(observed).filter(|at| !is_client(*at)), load);
         first
     }
 }
