@@ -45,13 +45,9 @@ fn follow(text: &[u8], step: usize, metaserver: bool) -> String {
         };
         watcher.handle_input(now, input, &mut table);
     }
-    format!(
-        "{:?} {:?}",
-        table.services().collect::<Vec<_>>(),
-        let mut ids = Vec::new();
-        table.each(weft::table::model::Source::Api, &resource.scope(None), &mut |id| ids.push(id));
-        ids
-    )
+    let mut ids = Vec::new();
+    table.each(weft::table::model::Source::Api, &resource.scope(None), &mut |id| ids.push(id));
+    format!("{:?} {ids:?}", table.services().collect::<Vec<_>>())
 }
 
 fuzz_target!(|input: &[u8]| {
