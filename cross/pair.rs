@@ -1,7 +1,8 @@
-//! Two nodes as two processes over loopback, for `cross/gate`: a handshake, and 1 MiB there and back.
+//! Two nodes and their relay as processes over loopback, for `cross/gate`: handshakes, and 1 MiB there and back.
 //!
-//!     pair make DIR          bundles of both, by a CA of their own
-//!     pair serve DIR         prints its port; sends back what comes on each stream
+//!     pair make DIR          bundles of all, by a CA of their own
+//!     pair relay DIR         prints its port
+//!     pair serve DIR PORT    says when it is at the relay; sends back what comes on a stream
 //!     pair ask DIR PORT      opens a stream to it, sends, and holds what comes back against what it sent
 #![allow(clippy::print_stdout)]
 
@@ -28,27 +29,25 @@ fn main() -> anyhow::Result<()> {
     weft::log::start(log::LevelFilter::Warn);
     match words[..] {
         ["make", dir] => make(Path::new(dir)),
-        ["serve", dir] => run(Path::new(dir), None),
-        ["ask", dir, port] => run(Path::new(dir), Some(port.parse()?)),
-        _ => bail!("pair make DIR | serve DIR | ask DIR PORT"),
+        ["relay", dir] => run(Path::new(dir), "relay", None),
+        ["serve", dir, port] => run(Path::new(dir), "serve", Some(port.parse()?)),
+        ["ask", dir, port] => run(Path::new(dir), "ask", Some(port.parse()?)),
+        _ => bail!("pair make DIR | relay DIR | serve DIR PORT | ask DIR PORT"),
     }
 }
 
 fn make(dir: &Path) -> anyhow::Result<()> {
     let ca = Ca::init(&dir.join("ca"))?;
     let now = Clock::new(BUILT).unix();
-    for (node, roles) in [("far", Roles::NONE.with(Roles::RELAY)), ("near", Roles::NONE)] {
+    for (node, roles) in [("relay", Roles::NONE.with(Roles::RELAY)), ("serve", Roles::NONE), ("ask", Roles::NONE)] {
+        let relay = "relay@127.0.0.1:1".parse::<RelayName>().map_err(anyhow::Error::msg)?;
         let order = Order {
             node: node.into(),
             roles,
             network: String::new(),
             days: 1,
             public_key: None,
-            relays: if node == "near" {
-                vec!["far@127.0.0.1:1".parse::<RelayName>().map_err(anyhow::Error::msg)?]
-            } else {
-                vec![]
-            },
+            relays: if node == "relay" { vec![] } else { vec![relay] },
         };
         let bundle = ca.issue(order, now)?;
         ca.keep(&bundle.certificate)?;
@@ -57,15 +56,14 @@ fn make(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(dir: &Path, port: Option<u16>) -> anyhow::Result<()> {
-    let name = if port.is_some() { "near" } else { "far" };
+fn run(dir: &Path, name: &str, port: Option<u16>) -> anyhow::Result<()> {
     let bundle = ca::read_bundle(&dir.join(name))?;
     let mut config = Config::default().tunnel;
     config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.lan = false;
     config.port_mapping = false;
     if let Some(port) = port {
-        config.relays = vec![format!("far@127.0.0.1:{port}").parse().map_err(anyhow::Error::msg)?];
+        config.relays = vec![format!("relay@127.0.0.1:{port}").parse().map_err(anyhow::Error::msg)?];
     }
     let setup = tunnel::Setup {
         name: name.into(),
@@ -87,12 +85,11 @@ fn run(dir: &Path, port: Option<u16>) -> anyhow::Result<()> {
         async { driven.await.context("the tunnel has ended") },
         or(
             async {
-                if port.is_some() {
-                    return ask(&handle).await;
+                match name {
+                    "relay" => say(&at.port().to_string()).await,
+                    "serve" => serve(&handle).await,
+                    _ => ask(&handle).await,
                 }
-                println!("{}", at.port());
-                std::io::stdout().flush()?;
-                serve(&handle).await
             },
             async {
                 Timer::after(PATIENCE).await;
@@ -102,15 +99,26 @@ fn run(dir: &Path, port: Option<u16>) -> anyhow::Result<()> {
     )))
 }
 
+/// Tells the gate, and lives on until it is ended.
+async fn say(text: &str) -> anyhow::Result<()> {
+    println!("{text}");
+    std::io::stdout().flush()?;
+    std::future::pending().await
+}
+
 async fn serve(handle: &Handle) -> anyhow::Result<()> {
-    let (mut stream, peer, open) = handle.accept().await;
-    println!("{peer} opens {}/{}", open.service.namespace, open.service.name);
+    while !handle.relays().iter().any(|relay| relay.registered) {
+        Timer::after(Duration::from_millis(50)).await;
+    }
+    println!("ready");
+    std::io::stdout().flush()?;
+    let (mut stream, _, _) = handle.accept().await;
     stream.answer(&Ok(()));
     let mut bytes = Vec::with_capacity(SIZE);
     stream.read_to_end(&mut bytes).await?;
     stream.write_all(&bytes).await?;
     stream.close().await?;
-    // Until the other end has it all, and goes.
+    // The other end has it all when it goes.
     std::future::pending().await
 }
 
@@ -122,7 +130,7 @@ async fn ask(handle: &Handle) -> anyhow::Result<()> {
         protocol: Protocol::Tcp,
         endpoint: SocketAddr::from(([127, 0, 0, 1], 1)),
     };
-    let stream = handle.open("far", &open);
+    let stream = handle.open("serve", &open);
     let (mut reader, mut writer) = smol::io::split(stream);
     let mut got = Vec::with_capacity(SIZE);
     let write = async {
@@ -135,7 +143,7 @@ async fn ask(handle: &Handle) -> anyhow::Result<()> {
     if got != sent {
         bail!("{} bytes came back, not the {} that were sent", got.len(), sent.len());
     }
-    let peer = handle.peers().into_iter().find(|p| p.name == "far").context("no peer")?;
+    let peer = handle.peers().into_iter().find(|p| p.name == "serve").context("no peer")?;
     println!("{SIZE} bytes there and back, {} path, {} ms", peer.path, peer.rtt_ms.unwrap_or(0));
     Ok(())
 }

@@ -20,7 +20,7 @@ use crate::{
     netlink,
     notify::Notify,
     proxy::{Drain, Proxy, rules::Ports, udp},
-    rules::{self, Rules, Undo},
+    rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
     sorted::Set,
@@ -219,6 +219,7 @@ pub(crate) struct Wiring {
     pub(crate) drains: Vec<Drain>,
     pub(crate) undo: Option<Undo>,
     pub(crate) rules: Option<Reader<rules::Status>>,
+    pub(crate) orders: Option<Writer<Orders>>,
     pub(crate) leave: Option<(Rc<Leave>, Reader<snapshot::Status>)>,
     shown: Option<admin::Shown>,
 }
@@ -252,6 +253,7 @@ impl Wiring {
             drains: Vec::new(),
             undo: None,
             rules: None,
+            orders: None,
             leave: None,
             shown: None,
         }
@@ -409,26 +411,34 @@ impl Wiring {
         Ok(())
     }
 
-    /// Takes the place of rules of before, which stay until those of now are in the kernel.
+    /// Those of before stay until those of now take their place.
     pub(crate) async fn rules(&mut self) -> anyhow::Result<()> {
-        if let Some(before) = self.tasks.take("rules") {
-            before.cancel().await;
-        }
-        self.rules = None;
         if !wants_kernel(&self.config) {
+            self.orders = None;
             if let Some(undo) = &self.undo {
                 undo.undo_rules().await?;
             }
             return Ok(());
         }
         let Config { dns, proxy, .. } = &self.config;
+        rules::may_stand_in_rules(proxy)?;
         let dns_ports = self.dns_port.map(|port| (dns.listen.port(), port));
         let (proxy_port, udp) = self.proxy.clone().unzip();
         let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
-        let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
         let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
-        let rules = Rules::new(proxy, dns.listen.ip(), ports, table, udp, counters, self.clock)?;
-        (self.undo, self.rules) = (Some(rules.undo()), Some(rules.status()));
+        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp };
+        if let Some(before) = &self.orders {
+            before.update(|before| {
+                orders.number = before.number + 1;
+                *before = orders;
+            });
+            before.ring();
+            return Ok(());
+        }
+        let orders = Writer::new(orders);
+        let (table, counters) = (self.table.reader(), Rc::clone(&self.counts.proxy));
+        let rules = Rules::new(orders.reader(), dns.listen.ip(), table, counters, self.clock)?;
+        (self.undo, self.rules, self.orders) = (Some(rules.undo()), Some(rules.status()), Some(orders));
         self.tasks.spawn("rules", rules.run());
         Ok(())
     }

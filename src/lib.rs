@@ -29,6 +29,12 @@
 //! compressed. After a connection that broke the server's version is looked at (one object), for one that was restored
 //! from a backup answers a watch from its lost future with silence.
 //!
+//! # The life of an agent
+//!
+//! `app` wires the parts. `reload` begins those anew that another configuration concerns (`app::plan` says which): the new
+//! one is in the kernel's rules before the old one goes, and ends when its last connection has. `notify` speaks with the
+//! service manager. `check` is what `weft check` says, `trial` what it tries; `setup` edits the files of the host's resolver.
+//!
 //! # The tunnel
 //!
 //! `tunnel::node::Node` is the root of everything below `src/tunnel/`. quinn-proto sees one virtual address

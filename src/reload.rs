@@ -38,10 +38,11 @@ async fn within(time: Duration, what: impl Future<Output = ()>) {
 impl Wiring {
     /// Resolves when the rules are in the kernel, or cannot be for now.
     pub(crate) async fn in_kernel(&self) {
-        let Some(rules) = &self.rules else { return };
+        let (Some(rules), Some(orders)) = (&self.rules, &self.orders) else { return };
         let mut bell = rules.listen();
+        let wanted = orders.reader().read(|o| o.number);
         let settled = async {
-            while rules.read(|r| r.version.is_none() && r.errors.is_empty()) {
+            while rules.read(|r| r.orders != wanted && r.errors.is_empty()) {
                 bell.rung().await;
             }
         };
@@ -181,6 +182,10 @@ impl Wiring {
         if !wants_kernel(&self.config)
             && let Some(undo) = self.undo.take()
         {
+            if let Some(rules) = self.tasks.take("rules") {
+                rules.cancel().await;
+            }
+            self.rules = None;
             self.idle(Duration::from_secs(self.config.proxy.drain.into())).await;
             if let Err(why) = undo.undo().await {
                 log::error!("reload: {why:#}");

@@ -53,6 +53,8 @@ pub struct Status {
     pub routes: usize,
     /// The state of the table that is in the kernel; None: nothing is yet.
     pub version: Option<u64>,
+    /// The number of the orders that are in the kernel.
+    pub orders: u64,
     /// What keeps us from it; retried.
     pub errors: Vec<String>,
     /// What is as the user wants it, but may surprise.
@@ -116,14 +118,23 @@ impl Undo {
     }
 }
 
+/// What is wanted of the rules; a reload changes it.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    /// Rises with each change.
+    pub number: u64,
+    pub cfg: ProxyConfig,
+    /// Where our parts listen on weft0's address.
+    pub ports: Ports,
+    pub udp: Reader<udp::Ports>,
+}
+
 /// The driver; see the module.
 #[derive(Debug)]
 pub struct Rules {
-    cfg: ProxyConfig,
+    orders: Reader<Orders>,
     address: Ipv4Addr,
-    ports: Ports,
     table: Reader<Table>,
-    udp: Reader<udp::Ports>,
     counters: Rc<ProxyCounters>,
     clock: Clock,
     status: Writer<Status>,
@@ -166,23 +177,21 @@ struct Known {
 }
 
 impl Rules {
-    /// `listen` is weft0's address, `ports` where our parts listen on it.
+    /// `listen` is weft0's address.
     ///
     /// # Errors
     /// When `listen` is no IPv4 address, or a configured interface's name cannot stand in a rule.
     pub fn new(
-        cfg: &ProxyConfig,
+        orders: Reader<Orders>,
         listen: IpAddr,
-        ports: Ports,
         table: Reader<Table>,
-        udp: Reader<udp::Ports>,
         counters: Rc<ProxyCounters>,
         clock: Clock,
     ) -> Result<Self> {
         let IpAddr::V4(address) = listen else { bail!("{listen}: weft0 needs an IPv4 address") };
-        Catch::new(&cfg.interfaces, &Set::new()).map_err(|e| anyhow!("proxy.interfaces: {e}"))?;
+        orders.read(|o| may_stand_in_rules(&o.cfg))?;
         let (status, gate) = (Writer::new(Status::default()), Rc::default());
-        Ok(Self { cfg: cfg.clone(), address, ports, table, udp, counters, clock, status, gate })
+        Ok(Self { orders, address, table, counters, clock, status, gate })
     }
 
     #[must_use]
@@ -201,7 +210,9 @@ impl Rules {
     /// None: nothing here ends the process.
     pub async fn run(self) -> Result<()> {
         let mut known = Known::default();
-        let mut bell = (self.table.listen(), self.udp.listen());
+        let mut ordered = self.orders.listen();
+        let mut orders = self.orders.read(Clone::clone);
+        let mut bell = (self.table.listen(), orders.udp.listen());
         let mut closing = self.gate.closing.listen();
         let mut ears = Ears::new();
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
@@ -210,14 +221,21 @@ impl Rules {
         while !self.gate.closed.get() {
             let mut wait = RECHECK;
             if self.table.read(Table::synced) {
-                if let Some(last) = last {
-                    Timer::at(last + GAP).await;
+                if let Some(last) = last.filter(|_| self.orders.read(|o| o.number) == orders.number) {
+                    let gap = async {
+                        Timer::at(last + GAP).await;
+                    };
+                    or(ordered.rung(), gap).await;
+                }
+                if self.orders.read(|o| o.number) != orders.number {
+                    orders = self.orders.read(Clone::clone);
+                    bell.1 = orders.udp.listen();
                 }
                 last = Some(self.clock.now());
                 if std::mem::take(&mut ears.heard) && nft::generation() != known.generation {
                     known.checked = None;
                 }
-                if self.sync(&mut known).await {
+                if self.sync(&mut known, &orders).await {
                     backoff.reset();
                     // What woke us in between must not put off the look at the rules.
                     let now = self.clock.now();
@@ -227,8 +245,8 @@ impl Rules {
                 }
             }
             let change = or(rung(&mut bell), or(closing.rung(), ears.changed()));
-            or(change, after(wait)).await;
-            if last.is_some() {
+            or(ordered.rung(), or(change, after(wait))).await;
+            if last.is_some() && self.orders.read(|o| o.number) == orders.number {
                 settle(&mut bell, &mut ears).await;
             }
         }
@@ -236,7 +254,7 @@ impl Rules {
     }
 
     /// One sync of everything; true where the kernel is as we want it.
-    async fn sync(&self, known: &mut Known) -> bool {
+    async fn sync(&self, known: &mut Known, orders: &Orders) -> bool {
         if self.gate.closed.get() {
             return true;
         }
@@ -246,13 +264,13 @@ impl Rules {
         status.notes.clear();
         let mut errors = Vec::new();
         let version = self.table.read(Table::version);
-        if let Err(e) = self.sync_device(known, &mut status) {
+        if let Err(e) = self.sync_device(known, &mut status, orders) {
             errors.push(format!("{e:#}"));
         }
         // Without the device the rules would lead to an address that is not there.
         if status.device.is_empty() {
             log::debug!("rules: nothing is redirected without {DEVICE}");
-        } else if let Err(e) = self.sync_rules(known, &mut status).await {
+        } else if let Err(e) = self.sync_rules(known, &mut status, orders).await {
             known.writes = None;
             known.checked = None;
             bump(&self.counters.rule_errors);
@@ -260,7 +278,7 @@ impl Rules {
         }
         let good = errors.is_empty();
         if good {
-            status.version = Some(version);
+            (status.version, status.orders) = (Some(version), orders.number);
         }
         for error in errors.iter().filter(|e| !status.errors.contains(e)) {
             log::warn!("rules: {error}");
@@ -276,7 +294,7 @@ impl Rules {
     }
 
     /// weft0, its address and its routes.
-    fn sync_device(&self, known: &mut Known, status: &mut Status) -> Result<()> {
+    fn sync_device(&self, known: &mut Known, status: &mut Status, orders: &Orders) -> Result<()> {
         let around = netlink::surroundings()?;
         if !around.default_interfaces.is_empty() {
             known.default_interfaces = around.default_interfaces;
@@ -297,8 +315,8 @@ impl Rules {
         if setting(&ignored).is_some_and(|v| v != "0") {
             std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
         }
-        let wanted = if self.ports.proxy.is_some() || self.ports.take_over.is_some() {
-            let of = |t: &Table| rules::addresses_of(t, &self.cfg, self.address, &self.ports);
+        let wanted = if orders.ports.proxy.is_some() || orders.ports.take_over.is_some() {
+            let of = |t: &Table| rules::addresses_of(t, &orders.cfg, self.address, &orders.ports);
             let (vips, mut avoid) = self.table.read(of);
             avoid.extend(around.taken);
             cover::cover(&vips, &avoid)
@@ -315,12 +333,12 @@ impl Rules {
         Ok(())
     }
 
-    async fn sync_rules(&self, known: &mut Known, status: &mut Status) -> Result<()> {
-        let catch = Catch::new(&self.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
+    async fn sync_rules(&self, known: &mut Known, status: &mut Status, orders: &Orders) -> Result<()> {
+        let catch = Catch::new(&orders.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
-        let desired =
-            self.udp.read(|udp| self.table.read(|t| Desired::new(t, &self.cfg, self.address, &self.ports, udp, catch)));
+        let Orders { cfg, ports, udp, .. } = orders;
+        let desired = udp.read(|udp| self.table.read(|t| Desired::new(t, cfg, self.address, ports, udp, catch)));
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
@@ -328,7 +346,7 @@ impl Rules {
         let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
         let mut writes = match known.writes.take() {
             Some(writes) => writes,
-            None => self.choose(known.refused).await?,
+            None => choose(orders.cfg.backend, known.refused).await?,
         };
         let synced = match &mut writes {
             Writes::Iptables(iptables) => {
@@ -367,24 +385,30 @@ impl Rules {
         known.settled = Some(desired);
         Ok(())
     }
+}
 
-    /// nf_tables for choice. iptables where it is installed and its legacy tables are in use: those we could not see into,
-    /// and where the kernel has refused our tables.
-    async fn choose(&self, refused: bool) -> Result<Writes> {
-        let nft = match self.cfg.backend {
-            Backend::Nft => true,
-            Backend::Iptables => false,
-            Backend::Auto => !iptables::is_installed() || !(refused || iptables::has_legacy_tables()),
-        };
-        if nft {
-            match Nft::open() {
-                Err(e) if self.cfg.backend == Backend::Nft || !iptables::is_installed() => return Err(e),
-                Err(e) => log::info!("rules: {e:#}; iptables is used"),
-                Ok(nft) => return Ok(Writes::Nft(nft)),
-            }
+/// # Errors
+/// The name of an interface that cannot.
+pub fn may_stand_in_rules(cfg: &ProxyConfig) -> Result<()> {
+    Catch::new(&cfg.interfaces, &Set::new()).map(drop).map_err(|e| anyhow!("proxy.interfaces: {e}"))
+}
+
+/// nf_tables for choice. iptables where it is installed and its legacy tables are in use: those we could not see into,
+/// and where the kernel has refused our tables.
+async fn choose(backend: Backend, refused: bool) -> Result<Writes> {
+    let nft = match backend {
+        Backend::Nft => true,
+        Backend::Iptables => false,
+        Backend::Auto => !iptables::is_installed() || !(refused || iptables::has_legacy_tables()),
+    };
+    if nft {
+        match Nft::open() {
+            Err(e) if backend == Backend::Nft || !iptables::is_installed() => return Err(e),
+            Err(e) => log::info!("rules: {e:#}; iptables is used"),
+            Ok(nft) => return Ok(Writes::Nft(nft)),
         }
-        Iptables::new().await.map(Writes::Iptables)
     }
+    Iptables::new().await.map(Writes::Iptables)
 }
 
 async fn after(time: Duration) {

@@ -71,6 +71,11 @@ pub fn run(order: &Order) -> Result<Vec<String>> {
     let mut record = Record::default();
     if !undo {
         record = plan::apply(&mut files, &resolvers, wants).map_err(anyhow::Error::msg)?;
+        if old.is_none() && record.files.is_empty() {
+            // All is there, and the record of it was lost, as by OpenWrt's sysupgrade.
+            plan::revert(&mut files, None, wants);
+            record = plan::apply(&mut files, &resolvers, wants).map_err(anyhow::Error::msg)?;
+        }
     }
     record.directories = old.map(|old| old.directories).unwrap_or_default();
 
@@ -257,6 +262,18 @@ mod tests {
         assert!(is_done(&root));
         assert_eq!(run(&order(&root, false)).unwrap(), ["all is in place already"]);
         assert_eq!(all(&root), after);
+        fs::remove_file(below(&root, "/etc/systemd/resolved.conf.d/weft.conf")).unwrap();
+        fs::remove_file(below(&root, RECORD)).unwrap();
+        fs::rename(below(&root, "/etc/systemd/resolved.conf"), below(&root, "/resolved")).unwrap();
+        assert_eq!(run(&order(&root, false)).unwrap(), ["all is in place already"]);
+        assert!(is_done(&root), "without its record it is known again");
+        fs::rename(below(&root, "/resolved"), below(&root, "/etc/systemd/resolved.conf")).unwrap();
+        let made: [&str; 2] = ["/etc/weft", "/etc/systemd/resolved.conf.d"];
+        let mut record = read_record(&root).unwrap().unwrap();
+        record.directories = made.map(Into::into).into();
+        write(&root, RECORD, &record.serialize_json()).unwrap();
+        assert_eq!(run(&order(&root, false)).unwrap()[0], "wrote /etc/systemd/resolved.conf.d/weft.conf");
+        assert_eq!(all(&root).len(), after.len());
         let said = run(&order(&root, true)).unwrap();
         assert_eq!(said[..2], ["changed /etc/config/dhcp", "removed /etc/systemd/resolved.conf.d/weft.conf"]);
         assert_eq!(all(&root), before);

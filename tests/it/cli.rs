@@ -160,7 +160,7 @@ fn help_is_no_error_and_bad_usage_is_2() {
         assert!(text.starts_with("Usage: weft"), "{text}");
     }
     let help = ok(&["--help"]);
-    for command in ["run", "status", "peers", "services", "resolve", "ca", "cleanup", "version"] {
+    for command in ["run", "status", "peers", "services", "resolve", "check", "setup", "ca", "cleanup", "version"] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} in {help}");
     }
     for args in [
@@ -320,9 +320,10 @@ fn a_hangup_reads_the_file_again() {
     agent.signal("-HUP");
     line_with("reload: 2 services of the configuration");
     assert!(agent.ask(&["status"]).1.contains("\ntable     2 services, 2 endpoints, 0 nodes\n"));
-    Agent::configure(&dir, &agent.socket, "dns.ttl = 5");
+    Agent::configure(&dir, &agent.socket, "dns.ttl = 5\nnode.name = \"another\"");
     agent.signal("-HUP");
-    line_with("what else has changed needs a restart");
+    line_with("0 services of the configuration; begun anew: dns, rules");
+    line_with("node.name stay as they are until a restart");
     assert_eq!(agent.ask(&["services"]).1, "no services\n");
     fs::write(dir.path().join("weft.toml"), "dns = 1").unwrap();
     agent.signal("-HUP");

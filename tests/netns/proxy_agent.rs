@@ -11,7 +11,7 @@ use weft::{
     config::{Backend, Policy, ProxyConfig},
     metrics::ProxyCounters,
     proxy::{Proxy, rules::Ports},
-    rules::{self, Rules},
+    rules::{self, Orders, Rules},
     shared::Writer,
     sys,
     table::{
@@ -128,8 +128,8 @@ fn main() {
             ..Ports::default()
         };
         println!("port {}", proxy.port());
-        let rules =
-            Rules::new(&cfg, listen, ports, table.reader(), proxy.udp_ports(), counters.clone(), clock).unwrap();
+        let orders = Writer::new(Orders { number: 1, cfg, ports, udp: proxy.udp_ports() });
+        let rules = Rules::new(orders.reader(), listen, table.reader(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());
         ex.spawn(proxy.run()).detach();
         ex.spawn(rules.run()).detach();

@@ -186,10 +186,11 @@ def bad_edits(router):
 def own_file(router):
     """A weft.toml of the owner's in the place of the sections."""
     good, before = router.text("etc/config/weft"), router.pid()
-    router.write("etc/weft.toml", '[node]\nbundle = "/etc/weft.bundle"\n[[service]]\nname = "mine"\nnamespace = "shop"\n'
+    router.write("etc/weft.toml", '[node]\nbundle = "/etc/weft.bundle"\n[tunnel]\nlisten="[::]:7850" # x\n[[service]]\nname = "mine"\nnamespace = "shop"\n'
                  'ip = "10.96.0.11"\nports = [{ port = 80 }]\nendpoints = [{ address = "192.0.2.1" }]\n')
     router.ash("uci set weft.main.config=/etc/weft.toml; service weft reload")
     router.until("mine", "weft services 2>&1")
+    expect("udp dport 7850" in router.text("tmp/run/weft/fw4-input.nft"), router.text("tmp/run/weft/fw4-input.nft"))
     router.write("etc/config/weft", good)
     router.ash("rm /etc/weft.toml; service weft reload")
     router.until("web", "weft services 2>&1")
@@ -210,7 +211,7 @@ def state(router):
     """On tmpfs; on flash once it ends, and from there after a boot; not written where nothing has changed."""
     router.ash("service weft stop")
     expect(not left_in_kernel(router), left_in_kernel(router))
-    expect(not router.has("tmp/run/weft/fw4-input.nft") and router.text("tmp/fw4.log").count("reload") == 2, "the firewall's rules stay")
+    expect(not router.has("tmp/run/weft/fw4-input.nft") and router.text("tmp/fw4.log").count("reload") == 4, "the firewall's rules stay")
     expect(router.has("etc/weft/snapshot"), "nothing is kept on flash")
     kept = os.stat(f"{router.top}/etc/weft/snapshot")
     expect(kept.st_mode & 0o777 == 0o600, "others may read it")
