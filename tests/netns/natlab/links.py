@@ -1,4 +1,6 @@
 """One link between two namespaces: made, impaired, cut, mended."""
+import time
+
 from . import kernel
 from .compiled import compiled
 from .kernel import LabError
@@ -84,7 +86,8 @@ class Link:
 
     def _shim(self, node, device, delay, jitter, loss, rate, queue, late, late_by):
         tap = f"i{device}"[:15]
-        log = f"{node.lab.folder}/shim-{node.name}-{device}.log"
+        # Each has its own: an earlier one's log says that it was ready.
+        log = f"{node.lab.folder}/shim-{node.name}-{device}-{time.monotonic_ns()}.log"
         numbers = [int(delay * 1000), int(jitter * 1000), int(loss * 10000), int(rate * 1000), int(queue * 1000),
                    int(late * 10000), int(late_by * 1000)]
         shim = node.spawn(compiled("shim.c"), device, tap, *map(str, numbers), log=log)
