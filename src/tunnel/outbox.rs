@@ -34,7 +34,7 @@ impl Outgoing {
         let size = self.segment.unwrap_or(self.bytes.len());
         let len = self.bytes.len() + batch.len();
         let alike = segment == size || (batch.len() <= segment && segment < size);
-        let fits = self.to == to && alike && self.bytes.len() % size == 0 && len <= JOINED_MAX.min(gso * size);
+        let fits = self.to == to && alike && self.bytes.len().is_multiple_of(size) && len <= JOINED_MAX.min(gso * size);
         if fits {
             self.bytes.extend_from_slice(batch);
             self.segment = Some(size);
