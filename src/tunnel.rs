@@ -52,7 +52,7 @@ pub use relay::{Rate, RelayLimits, RelayLoad};
 pub(crate) use stream::Shared;
 pub use stream::{Handle, Open, PeerView, Refusal, RelayView, TunnelStream};
 pub use streams::Progress;
-pub use view::Sizes;
+pub use view::{BY_TCP, Sizes};
 
 use crate::{
     carrier::{self, Carrier, address, noise::Identity},

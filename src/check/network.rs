@@ -1,7 +1,7 @@
 //! The ways out of this machine, the ports that we want, and the relays.
 
 use super::line::{Line, fail, ok, warn};
-use crate::{admin::view::Relay, proxy::cover::Prefix};
+use crate::{admin::view::Relay, proxy::cover::Prefix, tunnel::BY_TCP};
 use std::net::Ipv4Addr;
 
 /// QUIC's smallest datagram (RFC 9000 section 14) with the headers of UDP and IPv4, and what IPv6 asks of a link.
@@ -113,7 +113,12 @@ fn relay(r: &Relay) -> Line {
     let (name, note) = (["relay ", &r.name].concat(), if r.note.is_empty() { "no answer" } else { &r.note });
     if r.registered {
         let rtt = r.rtt_ms.map_or_else(String::new, |ms| [", ", &ms.to_string(), " ms"].concat());
-        return ok(&name, &[&r.address, &rtt, ": ", note]);
+        let text = [&r.address, &rtt, ": ", note];
+        return if note == BY_TCP {
+            warn(&name, &text, &["open UDP to it: by TCP all is slower, and no path is direct"])
+        } else {
+            ok(&name, &text)
+        };
     }
     fail(
         &name,
@@ -189,6 +194,8 @@ mod tests {
             lines(&[relay(true), relay(true)], "endpoint-independent mapping")[2],
             "ok endpoint-independent mapping "
         );
+        let by_tcp = Relay { note: BY_TCP.into(), ..relay(true) };
+        assert!(lines(&[by_tcp], "")[0].starts_with("warn 192.0.2.1:7843, 20 ms: by TCP"));
         assert_eq!(lines(&[relay(false)], "unknown mapping").len(), 1);
     }
 }

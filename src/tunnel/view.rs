@@ -10,6 +10,9 @@ use std::{
     time::Instant,
 };
 
+/// Of a relay that is reached, but by TCP alone.
+pub const BY_TCP: &str = "by TCP: it does not answer by UDP";
+
 /// How much a node holds: what must not grow with its age.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
@@ -112,7 +115,7 @@ impl Node {
                         Rank::Standby => format!("sees us as {address}, standing by"),
                         Rank::Listed => format!("sees us as {address}"),
                     },
-                    _ if registered && home.by_tcp => "by TCP: it does not answer by UDP".into(),
+                    _ if registered && home.by_tcp => BY_TCP.into(),
                     _ => home.note.clone(),
                 },
             })
