@@ -147,6 +147,15 @@ fn finish(to: &TcpStream) -> io::Result<()> {
     }
 }
 
+/// Its socket closes with a reset: what broke off, or is dropped at our end, must not look as if it had come to its own.
+struct Unfinished<'s>(&'s Async<TcpStream>);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        let _ = sys::reset_on_close(self.0);
+    }
+}
+
 /// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`.
 ///
 /// # Errors
@@ -158,12 +167,10 @@ pub async fn sockets(
     up: &Cell<u64>,
     down: &Cell<u64>,
 ) -> io::Result<()> {
-    let result = try_zip(one_way(pool, &a, &b, up), one_way(pool, &b, &a, down)).await;
-    if result.is_err() {
-        let _ = sys::reset_on_close(&a);
-        let _ = sys::reset_on_close(&b);
-    }
-    result.map(drop)
+    let unfinished = [Unfinished(&a), Unfinished(&b)];
+    try_zip(one_way(pool, &a, &b, up), one_way(pool, &b, &a, down)).await?;
+    unfinished.into_iter().for_each(std::mem::forget);
+    Ok(())
 }
 
 async fn one_way(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<()> {
@@ -270,11 +277,10 @@ pub async fn stream<S: AsyncRead + AsyncWrite + Unpin>(
     down: &Cell<u64>,
 ) -> io::Result<()> {
     let stream = RefCell::new(stream);
-    let result = try_zip(into_stream(pool, &socket, &stream, up), out_of_stream(pool, &stream, &socket, down)).await;
-    if result.is_err() {
-        let _ = sys::reset_on_close(&socket);
-    }
-    result.map(drop)
+    let unfinished = Unfinished(&socket);
+    try_zip(into_stream(pool, &socket, &stream, up), out_of_stream(pool, &stream, &socket, down)).await?;
+    std::mem::forget(unfinished);
+    Ok(())
 }
 
 /// Writes to a stream what waits in a socket and takes from the socket what was written: nothing is held

@@ -226,18 +226,14 @@ impl Wiring {
         within(patience, all).await;
     }
 
-    /// Connections come to their end, and new ones are served until the rules are gone.
+    /// Connections come to their end, and for most of the time new ones are served.
     pub(crate) async fn drain(&self, patience: Duration) {
-        // After the rules are gone there may be one that has just come.
+        // With the rules in place all the while: the last chain of NAT takes with it what translates the connections that
+        // live (nf_nat's hooks), and their clients would hang.
         let last = patience / 5;
         self.idle(patience - last).await;
-        if let Some(undo) = self.undo.as_ref().filter(|_| !patience.is_zero()) {
-            match undo.undo_rules().await {
-                Ok(done) => done.iter().for_each(|what| log::info!("removed {what}")),
-                Err(why) => log::warn!("{why:#}"),
-            }
-            self.idle(last).await;
-        }
+        self.drains.iter().for_each(|drain| drain.begin());
+        self.idle(last).await;
     }
 
     /// Connections end while their packets still find the way back; then a word to peers and relays; then the rest of
