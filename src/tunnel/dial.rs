@@ -219,6 +219,17 @@ impl Node {
         let mut old = self.slots_of(name);
         old.retain(|at| self.slots.get(*at).is_some_and(accepted));
         old.into_iter().for_each(|at| self.close(now, at, "the peer has dialled anew"));
+        self.ask_all(name);
+    }
+
+    /// It was restarted. What we have with it may have fallen silent long ago, and its next probe be far off.
+    fn ask_all(&mut self, name: &str) {
+        for at in self.slots_of(name) {
+            if let Some(slot) = self.slots.get_mut(at) {
+                slot.conn.ping();
+                self.touch(at);
+            }
+        }
     }
 
     /// The connection that was of no use for longest makes room for this one; where all carry streams, there is none.
@@ -264,12 +275,8 @@ impl Node {
         }
         let name = slot.peer.clone().filter(|_| matches!(reason, ConnectionError::Reset));
         self.lose(now, index, &why);
-        // It was restarted. What else we have with it may have fallen silent long ago, and its next probe be far off.
-        for other in name.map(|name| self.slots_of(&name)).unwrap_or_default() {
-            if let Some(slot) = self.slots.get_mut(other) {
-                slot.conn.ping();
-                self.touch(other);
-            }
+        if let Some(name) = name {
+            self.ask_all(&name);
         }
     }
 
