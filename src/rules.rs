@@ -85,7 +85,8 @@ impl Drop for Busy<'_> {
 pub struct Undo(Rc<Gate>);
 
 impl Undo {
-    /// The rules alone: weft0 and its routes stay, so that what has begun can come to its end.
+    /// The rules alone: weft0 and its routes stay. Connections go on only where somebody else has chains of NAT too: with
+    /// the last one the kernel stops translating.
     ///
     /// # Errors
     /// As [`Self::undo`].
