@@ -2,7 +2,7 @@
 //! lies behind it: for hundreds of entries, or thousands that come in order. Of BTreeMap each pair of types costs up to
 //! 5 kB of the executable, and of these a tenth.
 
-use std::{borrow::Borrow, fmt, ops::Index};
+use std::{borrow::Borrow, fmt};
 
 /// Keys are unique and ascend.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -186,7 +186,9 @@ impl<'m, K, V> IntoIterator for &'m Map<K, V> {
     }
 }
 
-impl<K: Ord + Borrow<Q>, Q: Ord + ?Sized, V> Index<&Q> for Map<K, V> {
+/// For tests alone: the product asks with `get`.
+#[cfg(test)]
+impl<K: Ord + Borrow<Q>, Q: Ord + ?Sized, V> std::ops::Index<&Q> for Map<K, V> {
     type Output = V;
 
     /// # Panics
