@@ -366,7 +366,7 @@ mod tests {
         let node = || NodeInfo { name: "n".into(), addresses: vec!["203.0.113.7".parse().unwrap()], zone: None };
         let guards: [fn(&mut Table, NodeInfo); 3] = [
             |table, _| assert!(table.guard("203.0.113.7".parse().unwrap())),
-            |table, node| drop(table.apply(Change::Apply(Source::Config, Object::Node(node)))),
+            |table, node| assert!(table.apply(Change::Apply(Source::Config, Object::Node(node)))),
             |table, _| {
                 add(table, "kubernetes", "10.96.0.9", Protocol::Tcp, true, |s| s.external_ips = [].into());
                 let (id, slice) = (SliceId { namespace: "default".into(), name: "k".into() }, "203.0.113.7");
