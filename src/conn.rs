@@ -1,9 +1,9 @@
 //! One connection to an API server: TCP that notices a dead peer, and TLS where it is wanted.
 
+use crate::reactor::{Async, Timer};
 use crate::{kube::tls, sys};
 use futures_lite::future::or;
 use rustls::ClientConnection;
-use smol::{Async, Timer};
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
