@@ -14,6 +14,7 @@ use crate::{
         watcher::{Input, Output, SPREAD, Setup as Watch, Watcher, first_try},
     },
     netlink::Monitor,
+    reactor::Timer,
     shared::{Bell, Listener, Writer},
     table::{
         Table,
@@ -22,7 +23,6 @@ use crate::{
     },
 };
 use futures_lite::future::{or, pending, yield_now};
-use smol::Timer;
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,

@@ -16,12 +16,12 @@ use crate::{
         rules::{self, Catch, DEVICE, Desired, Ports},
         udp,
     },
+    reactor::Timer,
     shared::{Bell, Listener, Reader, Writer},
     table::Table,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use futures_lite::future::or;
-use smol::Timer;
 use std::{
     cell::Cell,
     io,
@@ -523,5 +523,5 @@ async fn remove_all() -> Result<Vec<String>> {
 /// # Errors
 /// When something is left behind; the text says what.
 pub fn cleanup() -> Result<Vec<String>> {
-    smol::block_on(remove_all())
+    crate::reactor::block_on(remove_all())
 }
