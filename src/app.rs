@@ -426,7 +426,7 @@ impl Wiring {
         let (proxy_port, udp) = self.proxy.clone().unzip();
         let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
         let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
-        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp };
+        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp, here: self.here() };
         if let Some(before) = &self.orders {
             before.update(|before| {
                 orders.number = before.number + 1;

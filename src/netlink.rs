@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use smol::Async;
 use std::{
     io::{self, ErrorKind},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::OwnedFd,
     time::Duration,
 };
@@ -172,6 +172,8 @@ pub struct Surroundings {
     pub default_interfaces: Set<String>,
     /// Connected networks, routes of others, gateways.
     pub taken: Vec<Prefix>,
+    /// Of this host, but weft0's.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Makes weft0 where it is not there, sets it up, and gives it our address and no other IPv4 address.
@@ -288,7 +290,10 @@ pub fn surroundings() -> Result<Surroundings> {
     let names: Map<u32, String> = socket.links()?.into_iter().map(|l| (l.index, l.name)).collect();
     let own = names.iter().find(|(_, name)| *name == DEVICE).map(|(index, _)| *index);
     let mut found = Surroundings::default();
-    found.taken.extend(socket.addresses()?.iter().filter(|a| Some(a.index) != own).map(|a| a.network));
+    for address in socket.addresses()?.iter().filter(|a| Some(a.index) != own) {
+        found.taken.push(address.network);
+        found.addresses.push(address.local.into());
+    }
     socket.routes(|route| {
         if !route.leads_out || route.protocol == link::ROUTE_PROTOCOL {
             return;

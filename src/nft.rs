@@ -5,7 +5,7 @@ use crate::{
     proxy::{
         link::{Raw, messages},
         nft::{
-            ruleset::{self, INTERFACES, SERVICES, TABLE},
+            ruleset::{self, INTERFACES, OUTSIDE, SERVICES, TABLE},
             sum::Sum,
             ways::{Ways, concerns_us},
             wire::{Batch, Family, Kind, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, attr, number, request},
@@ -134,6 +134,7 @@ fn sum(socket: &mut Socket, family: Family) -> io::Result<Sum> {
             (Kind::GetChain, None, None),
             (Kind::GetRule, Some(TABLE), None),
             (Kind::GetElement, Some(TABLE), Some(SERVICES)),
+            (Kind::GetElement, Some(TABLE), Some(OUTSIDE)),
             (Kind::GetElement, Some(TABLE), Some(INTERFACES)),
         ];
         for (kind, table, set) in lists {

@@ -13,11 +13,11 @@ use crate::{
     nft::{self, Nft},
     proxy::{
         cover, flows,
-        rules::{self, Catch, DEVICE, Desired, Ports},
+        rules::{self, Catch, DEVICE, Desired, Ports, Sources},
         udp,
     },
     shared::{Bell, Listener, Reader, Writer},
-    table::Table,
+    table::{Table, balance::Here},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use futures_lite::future::or;
@@ -128,6 +128,8 @@ pub struct Orders {
     /// Where our parts listen on weft0's address.
     pub ports: Ports,
     pub udp: Reader<udp::Ports>,
+    /// Of which the node's name counts.
+    pub here: Here,
 }
 
 /// The driver; see the module.
@@ -175,6 +177,8 @@ struct Known {
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
     default_interfaces: Set<String>,
+    /// Of this host, but weft0's.
+    addresses: Vec<IpAddr>,
 }
 
 impl Rules {
@@ -300,6 +304,7 @@ impl Rules {
         if !around.default_interfaces.is_empty() {
             known.default_interfaces = around.default_interfaces;
         }
+        known.addresses = around.addresses;
         let device = match netlink::ensure_device(self.address) {
             Ok(device) => device,
             Err(e) => {
@@ -338,8 +343,13 @@ impl Rules {
         let catch = Catch::new(&orders.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
         let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
         status.interfaces.clone_from(names);
-        let Orders { cfg, ports, udp, .. } = orders;
-        let desired = udp.read(|udp| self.table.read(|t| Desired::new(t, cfg, self.address, ports, udp, catch)));
+        let Orders { cfg, ports, udp, here, .. } = orders;
+        let desired = udp.read(|udp| {
+            self.table.read(|table| {
+                let from = Sources { table, cfg, ports, udp, here, addresses: &known.addresses };
+                Desired::new(&from, self.address.into(), catch)
+            })
+        });
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }

@@ -2,7 +2,11 @@
 //! few, as narrow as that allows, and never in the way of an address that is really somewhere.
 
 use crate::sorted::Set;
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+};
 
 /// Routes that we aim at; above it neighbouring prefixes are merged.
 pub const ROUTES: usize = 16;
@@ -74,6 +78,50 @@ fn mask(len: u8) -> u32 {
     u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0)
 }
 
+/// A network of either family; the bits beyond its length are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Net {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Net {
+    /// The network of this length that holds the address; one that is too long counts as the address alone.
+    #[must_use]
+    pub fn new(address: IpAddr, length: u8) -> Self {
+        match address {
+            IpAddr::V4(v4) => {
+                let length = length.min(32);
+                Self { address: (u32::from(v4) & mask(length)).to_be_bytes().into(), length }
+            }
+            IpAddr::V6(v6) => {
+                let length = length.min(128);
+                let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
+                Self { address: (u128::from(v6) & mask).to_be_bytes().into(), length }
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn contains(self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.address.is_ipv4() && Self::new(address, self.length) == self
+    }
+}
+
+/// `10.0.0.0/8`, or an address alone; no bit beyond the length may be set.
+impl FromStr for Net {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (address, length) = text.split_once('/').unwrap_or((text, ""));
+        let address: IpAddr = address.parse().map_err(drop)?;
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let length = if length.is_empty() && !text.contains('/') { most } else { length.parse().map_err(drop)? };
+        let net = Self::new(address, length);
+        if length <= most && net.address == address { Ok(net) } else { Err(()) }
+    }
+}
+
 /// What we route, and how many VIPs are left to routes that are there already, or to none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cover {
@@ -140,6 +188,24 @@ mod tests {
     fn prefix(text: &str) -> Prefix {
         let (address, len) = text.split_once('/').unwrap();
         Prefix::new(address.parse().unwrap(), len.parse().unwrap())
+    }
+
+    #[test]
+    fn networks() {
+        for (net, inside, outside) in [
+            ("10.0.0.0/8", "10.255.1.2", "11.0.0.0"),
+            ("192.0.2.1", "192.0.2.1", "192.0.2.0"),
+            ("0.0.0.0/0", "255.0.0.1", "::1"),
+            ("::/0", "fe80::1", "0.0.0.0"),
+            ("fc00::/7", "fdff::1", "fe00::1"),
+            ("fd00::8/125", "fd00::f", "fd00::10"),
+        ] {
+            let net: Net = net.parse().unwrap();
+            assert!(net.contains(inside.parse().unwrap()) && !net.contains(outside.parse().unwrap()), "{net:?}");
+        }
+        for bad in ["", "/", "10.0.0.0/", "10.0.0.0/33", "10.0.0.1/8", "::/129", "::1/64", "10.0.0.0/-1", "x/8"] {
+            assert_eq!(bad.parse::<Net>(), Err(()), "{bad}");
+        }
     }
 
     fn random(rng: &mut fastrand::Rng, net: &str, count: usize) -> Set<Ipv4Addr> {

@@ -1,7 +1,7 @@
 //! Desired rules -> the text of `iptables-restore --noflush`, and the text that takes them away again.
 //! Everything of ours is in chains named `WEFT-*`; what `iptables-save` prints tells what is there.
 
-use super::rules::{Action, Catch, DEVICE, Desired, REFUSED, Rule};
+use super::rules::{Catch, DEVICE, DISCARD, Desired, REFUSED, Rule};
 use crate::sorted::Set;
 use crate::table::model::Protocol;
 use std::fmt::{self, Write as _};
@@ -32,7 +32,7 @@ impl Kind {
 
     fn chains(self) -> &'static [&'static str] {
         match self {
-            Self::Nat => &["WEFT-PRE", "WEFT-SVC"],
+            Self::Nat => &["WEFT-PRE", "WEFT-NODE", "WEFT-SVC"],
             Self::Filter => &["WEFT-INPUT", "WEFT-REJECT"],
         }
     }
@@ -216,6 +216,8 @@ impl fmt::Display for Body<'_> {
 }
 
 fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    // By whichever interface, so before those are looked at.
+    writeln!(f, "-A WEFT-PRE -j WEFT-NODE")?;
     match &desired.catch {
         Catch::Only(names) => {
             for name in names {
@@ -230,14 +232,11 @@ fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         }
     }
     writeln!(f, "-A WEFT-SVC -m mark --mark {0:#x}/{0:#x} -j RETURN", desired.mark)?;
-    for Rule { address, protocol: p, port, action } in &desired.rules {
-        let p = protocol(*p);
-        let to = match action {
-            Action::Redirect(port) => *port,
-            Action::Refuse => REFUSED,
-        };
-        let own = desired.address;
-        writeln!(f, "-A WEFT-SVC -d {address}/32 -p {p} -m {p} --dport {port} -j DNAT --to-destination {own}:{to}")?;
+    for (chain, rules) in [("WEFT-NODE", &desired.outside), ("WEFT-SVC", &desired.rules)] {
+        for Rule { address, protocol: p, port, action } in rules {
+            let (p, own, to) = (protocol(*p), desired.address, action.port());
+            writeln!(f, "-A {chain} -d {address}/32 -p {p} -m {p} --dport {port} -j DNAT --to-destination {own}:{to}")?;
+        }
     }
     Ok(())
 }
@@ -250,6 +249,9 @@ fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let own = desired.address;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp -m tcp --dport {REFUSED} {RESET}")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp -m udp --dport {REFUSED} {UNREACHABLE}")?;
+    for p in ["tcp", "udp"] {
+        writeln!(f, "-A WEFT-INPUT -d {own}/32 -p {p} -m {p} --dport {DISCARD} -j DROP")?;
+    }
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -m conntrack --ctstate DNAT -j ACCEPT")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -i lo -j ACCEPT")?;
     writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp {RESET}")?;

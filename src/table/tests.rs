@@ -32,6 +32,7 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                 .into(),
             affinity: Affinity::None,
             local_only: false,
+            external_local: false,
             not_proxied: false,
         }),
         2 | 3 => {
