@@ -1,6 +1,7 @@
 //! The driver of the Kubernetes client: a connection for each watch, and one writer of the table.
 
 use crate::{
+    carrier::connect::Proxy,
     clock::Clock,
     config::{KubeConfig, ServerKind},
     conn::{Conn, Failure},
@@ -86,6 +87,7 @@ pub struct Status(Rc<Hub>);
 
 struct Hub {
     credentials: Credentials,
+    proxy: Option<Proxy>,
     watchers: Vec<RefCell<Watcher>>,
     setup: Setup,
     agent: String,
@@ -157,6 +159,7 @@ impl Api {
         let agent = format!("weft/{} ({}/{})", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
         let hub = Hub {
             credentials,
+            proxy: config.proxy.clone(),
             watchers,
             setup,
             agent,
@@ -388,8 +391,13 @@ impl Hub {
         let (mut last, mut tries) = (None, 0);
         for at in (self.server.get()..).take(count) {
             let server = access.servers[at % count].clone();
-            let words = |why: &str| format!("{server}: {why}");
-            let addresses = match (self.setup.lookup)(server.host.clone()).await {
+            let proxy = self.proxy.as_ref().filter(|_| !server.is_local() && !server.is_metaserver());
+            let (words, host, port) = match proxy {
+                None => (server.to_string(), &server.host, server.port),
+                Some(p) => (format!("{server} through the proxy {}", p.shown()), &p.host, p.port),
+            };
+            let words = |why: &str| format!("{words}: {why}");
+            let addresses = match (self.setup.lookup)(host.clone()).await {
                 Ok(addresses) => addresses,
                 Err(why) => {
                     last = Some(Failure::new(words(&format!("{why:#}"))));
@@ -397,12 +405,16 @@ impl Hub {
                 }
             };
             for address in addresses {
+                if self.setup.table.update(|t| t.guard(address)) {
+                    self.dirty.ring();
+                }
                 tries += 1;
                 if tries > ADDRESSES_MAX {
                     break;
                 }
                 let tls = self.credentials.tls(&access, &server).map_err(|why| Failure::new(words(&why)))?;
-                match Conn::open(SocketAddr::new(address, server.port), self.setup.mark, tls).await {
+                let proxy = proxy.map(|p| (p, p.request(&server.host, server.port)));
+                match Conn::open(SocketAddr::new(address, port), self.setup.mark, proxy, tls).await {
                     Ok(conn) => {
                         self.server.set(at % count);
                         *self.url.borrow_mut() = server.to_string();

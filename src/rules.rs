@@ -173,6 +173,8 @@ struct Known {
     refused: bool,
     /// What chains of others would not let us do.
     ways: Vec<String>,
+    /// External addresses that no Service may have.
+    guarded: Option<String>,
     /// Why UDP's old flows could not be looked at.
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
@@ -353,6 +355,14 @@ impl Rules {
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
+        let guarded = self.table.read(|t| rules::guarded(t, cfg));
+        if let Some(note) = &guarded {
+            if known.guarded.as_ref() != Some(note) {
+                log::warn!("rules: {note}");
+            }
+            status.notes.push(note.clone());
+        }
+        known.guarded = guarded;
         let now = self.clock.now();
         let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
         let mut writes = match known.writes.take() {

@@ -144,8 +144,14 @@ fn usable(address: IpAddr, own: IpAddr) -> bool {
     same && !(odd || address.is_unspecified() || address.is_loopback() || address.is_multicast())
 }
 
-fn addresses<'s>(service: &'s Service, external: bool, own: IpAddr) -> impl Iterator<Item = IpAddr> + 's {
+fn addresses<'s>(
+    table: &'s Table,
+    service: &'s Service,
+    external: bool,
+    own: IpAddr,
+) -> impl Iterator<Item = IpAddr> + 's {
     let external = if external { &service.external_ips[..] } else { &[] };
+    let external = external.iter().filter(|ip| !table.is_guarded(**ip));
     service.vips.iter().chain(external).copied().filter(move |ip| usable(*ip, own))
 }
 
@@ -200,12 +206,12 @@ impl Sources<'_> {
         let nodes = self.addresses.iter().copied().filter(|ip| self.cfg.node_ports.iter().any(|net| serves(net, *ip)));
         let nodes: Vec<IpAddr> = nodes.collect();
         for service in proxied(self.table) {
-            let mut vips = addresses(service, false, own).peekable();
+            let mut vips = addresses(self.table, service, false, own).peekable();
             // The families of a Service are those of its own addresses.
             let nodes = if vips.peek().is_some() { &nodes[..] } else { &[] };
             for port in &*service.ports {
                 let Some(action) = self.action(proxy, service, port, own) else { continue };
-                for ip in addresses(service, self.cfg.external_ips, own) {
+                for ip in addresses(self.table, service, self.cfg.external_ips, own) {
                     rules.or_insert_with((ip, port.number, port.protocol), || action);
                 }
                 if port.node_port == 0 || nodes.is_empty() {
@@ -231,7 +237,7 @@ impl Desired {
         if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
             let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
             for port in service.ports.iter().filter(asked) {
-                for ip in addresses(service, false, address) {
+                for ip in addresses(table, service, false, address) {
                     rules.insert((ip, port.number, port.protocol), Action::Redirect(listening));
                 }
             }
@@ -251,6 +257,20 @@ impl Desired {
     }
 }
 
+/// What is not taken of the Services' external addresses, since it would cut machines off from their API server.
+#[must_use]
+pub fn guarded(table: &Table, cfg: &ProxyConfig) -> Option<String> {
+    let external =
+        proxied(table).filter(|_| cfg.external_ips).flat_map(|s| s.external_ips.iter().map(move |ip| (ip, s)));
+    let mut guarded = external.filter(|(ip, _)| table.is_guarded(**ip));
+    let (ip, Service { id, .. }) = guarded.next()?;
+    let more = guarded.count();
+    Some(format!(
+        "{ip}, an external address of {}/{}, is a node's or the API server's own: it is not taken, nor {more} others",
+        id.namespace, id.name
+    ))
+}
+
 /// The addresses that need a route, and those of the cluster that our routes must keep clear of.
 #[must_use]
 pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Ports) -> (Set<Ipv4Addr>, Vec<Prefix>) {
@@ -259,8 +279,9 @@ pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Por
         IpAddr::V4(v4) => Some(v4),
         IpAddr::V6(_) => None,
     };
-    let mut vips: Set<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own.into())).filter_map(v4).collect();
-    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own.into())).filter_map(v4));
+    let mut vips: Set<_> =
+        proxied.flat_map(|s| addresses(table, s, cfg.external_ips, own.into())).filter_map(v4).collect();
+    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(table, s, false, own.into())).filter_map(v4));
     let nodes = table.nodes().flat_map(|n| n.addresses.iter().copied());
     let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| e.address);
     let taken = nodes.chain(endpoints).filter_map(v4).map(Prefix::host);

@@ -1,7 +1,9 @@
 use super::*;
 use crate::{
     config::Backend,
-    table::model::{Affinity, Change, Endpoint, Object, ServiceId, ServicePort, Slice, SliceId, SlicePort, Source},
+    table::model::{
+        Affinity, Change, Endpoint, NodeInfo, Object, ServiceId, ServicePort, Slice, SliceId, SlicePort, Source,
+    },
 };
 
 const OWN: Ipv4Addr = Ipv4Addr::new(169, 254, 96, 16);
@@ -17,6 +19,19 @@ fn cfg() -> ProxyConfig {
         mark: 1,
         max_connections: 10,
         drain: 0,
+    }
+}
+
+fn endpoint(ready: bool) -> Endpoint {
+    Endpoint {
+        address: "10.1.0.9".parse().unwrap(),
+        hostname: None,
+        node: None,
+        zone: None,
+        pod: None,
+        ready,
+        serving: ready,
+        terminating: false,
     }
 }
 
@@ -51,21 +66,11 @@ fn add_at(
     };
     edit(&mut service);
     table.apply(Change::Apply(Source::Config, Object::Service(service)));
-    let endpoint = Endpoint {
-        address: "10.1.0.9".parse().unwrap(),
-        hostname: None,
-        node: node.map(Into::into),
-        zone: None,
-        pod: None,
-        ready,
-        serving: ready,
-        terminating: false,
-    };
     let slice = Slice {
         id: SliceId { namespace: "default".into(), name: name.into() },
         service: name.into(),
         ports: [SlicePort { name: "".into(), number: 8080, protocol }].into(),
-        endpoints: vec![endpoint],
+        endpoints: vec![Endpoint { node: node.map(Into::into), ..endpoint(ready) }],
     };
     table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
 }
@@ -158,6 +163,37 @@ fn external_addresses_only_when_asked() {
     assert_eq!(rules(&table, &cfg()).len(), 3);
     let asked = ProxyConfig { external_ips: true, ..cfg() };
     assert_eq!(rules(&table, &asked)[3].0, "203.0.113.7");
+}
+
+#[test]
+fn external_addresses_of_nodes_and_api_servers_are_not_taken() {
+    let asked = ProxyConfig { external_ips: true, ..cfg() };
+    let node = || NodeInfo { name: "n".into(), addresses: vec!["203.0.113.7".parse().unwrap()], zone: None };
+    let guards: [fn(&mut Table, NodeInfo); 3] = [
+        |table, _| assert!(table.guard("203.0.113.7".parse().unwrap())),
+        |table, node| {
+            table.apply(Change::Apply(Source::Config, Object::Node(node)));
+        },
+        |table, _| {
+            add(table, "kubernetes", "10.96.0.9", Protocol::Tcp, true, |s| s.external_ips = [].into());
+            let (id, slice) = (SliceId { namespace: "default".into(), name: "k".into() }, "203.0.113.7");
+            let endpoint = Endpoint { address: slice.parse().unwrap(), ..endpoint(true) };
+            let (service, ports) = ("kubernetes".into(), [].into());
+            let slice = Slice { id, service, ports, endpoints: vec![endpoint] };
+            table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
+        },
+    ];
+    for guard in guards {
+        let mut table = Table::default();
+        add(&mut table, "web", "10.96.0.2", Protocol::Tcp, true, |_| ());
+        assert_eq!(guarded(&table, &asked), None);
+        guard(&mut table, node());
+        assert!(rules(&table, &asked).iter().all(|(ip, ..)| ip != "203.0.113.7"));
+        assert!(!addresses_of(&table, &asked, OWN, &PORTS).0.contains(&"203.0.113.7".parse().unwrap()));
+        let said = guarded(&table, &asked).unwrap();
+        assert!(said.starts_with("203.0.113.7, an external address of default/web, "), "{said}");
+        assert_eq!(guarded(&table, &cfg()), None, "nobody asked for it");
+    }
 }
 
 #[test]
