@@ -1,9 +1,6 @@
 //! The rules that we want, as data. A backend renders them.
 
-use super::{
-    cover::{Net, Prefix},
-    udp,
-};
+use super::{cover::Net, udp};
 use crate::sorted::{Map, Set};
 use crate::{
     config::ProxyConfig,
@@ -14,10 +11,14 @@ use crate::{
         packed::{EndpointRef, StoredSlice},
     },
 };
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The device that carries our address.
 pub const DEVICE: &str = "weft0";
+
+/// Our address of IPv6, in RFC 4193's fd00::/8: the 40 bits of the network are the letters of weft0. The same on each
+/// node and of meaning there alone, as 169.254.96.16 is.
+pub const ADDRESS6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0x6566, 0x7430, 0, 0, 0, 0, 0x16);
 
 /// Redirected address and port pairs at most: iptables looks through them one by one. Those beyond it are
 /// not redirected, and status says how many.
@@ -44,6 +45,8 @@ const DNS: u16 = 53;
 pub struct Ports {
     /// None: the proxy is off.
     pub proxy: Option<u16>,
+    /// On the address of IPv6; None: the proxy is off, or the kernel has no IPv6.
+    pub proxy6: Option<u16>,
     /// What clients ask and where the responder listens; None: DNS is off.
     pub dns: Option<(u16, u16)>,
     /// Namespace and name of the Service whose virtual addresses our DNS answers.
@@ -51,6 +54,11 @@ pub struct Ports {
 }
 
 impl Ports {
+    /// Those of one family. Our responder of the DNS has an address of IPv4 alone.
+    fn of(&self, own: IpAddr) -> Self {
+        if own.is_ipv4() { self.clone() } else { Self { proxy: self.proxy6, ..Self::default() } }
+    }
+
     fn taken<'t>(&self, table: &'t Table) -> Option<&'t Service> {
         let (namespace, name) = self.take_over.as_ref().filter(|_| self.dns.is_some())?;
         table.service(namespace, name)
@@ -233,6 +241,7 @@ impl Desired {
     #[must_use]
     pub fn new(from: &Sources<'_>, address: IpAddr, catch: Catch) -> Self {
         let Sources { table, cfg, ports, .. } = from;
+        let ports = &ports.of(address);
         let (mut rules, mut outside) = (Found::new(), Found::new());
         if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
             let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
@@ -271,21 +280,17 @@ pub fn guarded(table: &Table, cfg: &ProxyConfig) -> Option<String> {
     ))
 }
 
-/// The addresses that need a route, and those of the cluster that our routes must keep clear of.
+/// The addresses that need a route, of the family of `own`, and those of the cluster that our routes must keep clear of.
 #[must_use]
-pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Ports) -> (Set<Ipv4Addr>, Vec<Prefix>) {
+pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: IpAddr, ports: &Ports) -> (Set<IpAddr>, Vec<Net>) {
+    let ports = &ports.of(own);
     let proxied = proxied(table).filter(|_| ports.proxy.is_some());
-    let v4 = |ip| match ip {
-        IpAddr::V4(v4) => Some(v4),
-        IpAddr::V6(_) => None,
-    };
-    let mut vips: Set<_> =
-        proxied.flat_map(|s| addresses(table, s, cfg.external_ips, own.into())).filter_map(v4).collect();
-    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(table, s, false, own.into())).filter_map(v4));
+    let mut vips: Set<_> = proxied.flat_map(|s| addresses(table, s, cfg.external_ips, own)).collect();
+    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(table, s, false, own)));
     let nodes = table.nodes().flat_map(|n| n.addresses.iter().copied());
     let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| e.address);
-    let taken = nodes.chain(endpoints).filter_map(v4).map(Prefix::host);
-    let avoid = taken.filter(|p| !vips.contains(&p.address())).collect();
+    let taken = nodes.chain(endpoints).filter(|ip| ip.is_ipv4() == own.is_ipv4() && !vips.contains(ip));
+    let avoid = taken.map(Net::host).collect();
     (vips, avoid)
 }
 

@@ -346,7 +346,7 @@ pub fn open_way(batch: &mut Batch, way: &super::ways::Way, own: IpAddr) {
         a.text(NFTA_RULE_TABLE, &way.table);
         a.text(NFTA_RULE_CHAIN, &way.chain);
         list(a, &exprs);
-        a.bytes(NFTA_RULE_USERDATA, &super::ways::comment());
+        a.bytes(NFTA_RULE_USERDATA, &super::ways::comment(v));
     });
 }
 

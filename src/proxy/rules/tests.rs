@@ -5,9 +5,10 @@ use crate::{
         Affinity, Change, Endpoint, NodeInfo, Object, ServiceId, ServicePort, Slice, SliceId, SlicePort, Source,
     },
 };
+use std::net::Ipv4Addr;
 
 const OWN: Ipv4Addr = Ipv4Addr::new(169, 254, 96, 16);
-const PORTS: Ports = Ports { proxy: Some(4000), dns: Some((53, 5300)), take_over: None };
+const PORTS: Ports = Ports { proxy: Some(4000), proxy6: Some(6000), dns: Some((53, 5300)), take_over: None };
 
 fn cfg() -> ProxyConfig {
     ProxyConfig {
@@ -119,9 +120,9 @@ fn served_ports_are_redirected_and_others_refused() {
         ("10.96.0.4".into(), 80, Protocol::Udp, Action::Refuse),
     ]);
     assert_eq!(rules(&table, &cfg()), want);
-    let (vips, avoid) = addresses_of(&table, &cfg(), OWN, &PORTS);
+    let (vips, avoid) = addresses_of(&table, &cfg(), OWN.into(), &PORTS);
     assert_eq!(vips.len(), 6);
-    assert!(avoid.contains(&Prefix::host("10.1.0.9".parse().unwrap())));
+    assert!(avoid.contains(&"10.1.0.9".parse().unwrap()));
 }
 
 #[test]
@@ -150,7 +151,7 @@ fn the_address_of_a_dns_that_is_taken_over_is_answered_here_whoever_serves_it() 
         want.pop();
         assert_eq!(rules_with(&table, &cfg(), &ports), want);
         let vip = "10.96.0.10".parse().unwrap();
-        assert_eq!(addresses_of(&table, &cfg(), OWN, &ports).0, Set::from([vip]));
+        assert_eq!(addresses_of(&table, &cfg(), OWN.into(), &ports).0, Set::from([vip]));
         ports.dns = None;
         assert!(rules_with(&table, &cfg(), &ports).is_empty());
     }
@@ -189,7 +190,7 @@ fn external_addresses_of_nodes_and_api_servers_are_not_taken() {
         assert_eq!(guarded(&table, &asked), None);
         guard(&mut table, node());
         assert!(rules(&table, &asked).iter().all(|(ip, ..)| ip != "203.0.113.7"));
-        assert!(!addresses_of(&table, &asked, OWN, &PORTS).0.contains(&"203.0.113.7".parse().unwrap()));
+        assert!(!addresses_of(&table, &asked, OWN.into(), &PORTS).0.contains(&"203.0.113.7".parse().unwrap()));
         let said = guarded(&table, &asked).unwrap();
         assert!(said.starts_with("203.0.113.7, an external address of default/web, "), "{said}");
         assert_eq!(guarded(&table, &cfg()), None, "nobody asked for it");
