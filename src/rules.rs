@@ -349,11 +349,11 @@ impl Rules {
                 std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
             }
         }
-        status.notes = notes();
         let of = |own| self.table.read(|t| rules::addresses_of(t, &orders.cfg, own, &orders.ports));
         let (mut vips, mut avoid) = of(self.address.into());
         let (vips6, avoid6) = of(ADDRESS6.into());
         known.has_ipv6 = !vips6.is_empty();
+        status.notes = notes(known.has_ipv6);
         if known.has_ipv6 != around.has_own6
             && let Err(e) = netlink::set_address6(device.index, known.has_ipv6)
         {
@@ -520,10 +520,14 @@ fn setting(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-fn notes() -> Vec<String> {
-    let off = setting("/proc/sys/net/ipv4/ip_forward").is_some_and(|v| v == "0");
-    let note = "net.ipv4.ip_forward is 0: other machines time out on ports that no Service has";
-    off.then(|| note.to_owned()).into_iter().collect()
+fn notes(has_ipv6: bool) -> Vec<String> {
+    let all = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
+    let off = |name: &&str| setting(&format!("/proc/sys/net/{name}")).is_some_and(|v| v == "0");
+    let note = |name: &str| {
+        let name = name.replace('/', ".");
+        format!("net.{name} is 0: other machines time out on ports that no Service has")
+    };
+    all[..1 + usize::from(has_ipv6)].iter().filter(|name| off(name)).map(|name| note(name)).collect()
 }
 
 /// Removes all that is ours from the kernel, whatever made it. Says what it removed.

@@ -13,7 +13,8 @@ class Sender:
     """From one port, each 100 ms, as a game or a phone does; `last` is the newest answer."""
 
     def __init__(self, node, address, port=53):
-        self.s, self.last, self.at, self.over = node.udp(timeout=0.1), b"", 0.0, False
+        self.s = node.udp("::" if ":" in address else "0.0.0.0", timeout=0.1)
+        self.last, self.at, self.over = b"", 0.0, False
         self.s.connect((address, port))
         threading.Thread(target=self.run, daemon=True).start()
 

@@ -48,6 +48,7 @@ def rows_f(w, case):
 
     def clean():
         code = w.agent.stop()
-        left = w.one.gateway.run("sh", "-c", f"nft list ruleset; {w.backend if w.backend != 'nft' else 'iptables-nft'}-save; ip addr; ip route")
+        left = w.one.gateway.run("sh", "-c", f"nft list ruleset; {w.backend if w.backend != 'nft' else 'iptables-nft'}-save;"
+                                     f"ip6tables-{'legacy' if 'legacy' in w.backend else 'nft'}-save; ip addr; ip route; ip -6 route")
         eq((code, "weft" in left.lower()), (0, False))
     case(94, "nothing-left", clean)

@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 
-from natlab import servers, wait_for, weft
+from natlab import kernel, servers, wait_for, weft
 from natlab.weft import Cluster
 from report import expect
 from stage import read_all
@@ -30,7 +30,8 @@ class Kube:
         self.paths, self.items = paths, {}
 
     def service(self, name, ip, wanted, endpoints=(), slices=None, labels=None, **spec):
-        spec = {"type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip] if ip else [],
+        ips = ip.split()
+        spec = {"type": "ClusterIP", "clusterIP": (ips or [""])[0], "clusterIPs": ips,
                 "ports": [{k: v for k, v in p.items() if k != "target"} | {"targetPort": p["target"]} for p in wanted], **spec}
         meta = {"name": name, "namespace": "rows", "labels": labels or {}}
         self.items[name] = [{"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}]
@@ -56,7 +57,7 @@ class Udp:
     """Answers each datagram with its name and what it got; remembers where from."""
 
     def __init__(self, node, port, name):
-        self.socket, self.name, self.seen = node.udp(port=port, timeout=None), name.encode(), set()
+        self.socket, self.name, self.seen = node.udp("::", port, timeout=None), name.encode(), set()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         threading.Thread(target=self.serve, daemon=True).start()
 
@@ -78,8 +79,9 @@ class World:
         if backend.startswith("iptables"):
             tools = f"{lab.folder}/{backend}"
             os.makedirs(tools)
-            for tool in ("iptables-restore", "iptables-save", "iptables"):
-                os.symlink(shutil.which(tool.replace("iptables", backend)), f"{tools}/{tool}")
+            for tool in ("iptables-restore", "iptables-save", "iptables", "ip6tables-restore", "ip6tables-save", "ip6tables"):
+                variant = backend.split("-")[1]
+                os.symlink(shutil.which(tool.replace("tables", f"tables-{variant}")), f"{tools}/{tool}")
             env = {"PATH": f"{tools}:{os.environ['PATH']}"}
         kind = "iptables" if env else "nft"
         self.cluster.relay()
@@ -88,7 +90,14 @@ class World:
         nets = [f"{self.two.lan}.0/24"]
         self.far = self.cluster.edge("edge-2", files=[], env=env, proxy={"backend": kind, "node_ports": nets})
         self.kube = Kube([a.config["kube"]["manifests"][0] for a in (self.agent, self.far)])
-        self.addresses = {}
+        self.six = {}
+        for n, site in enumerate((self.one, self.two), 1):
+            kernel.sysctl(site.gateway.ns, {"net/ipv6/conf/all/forwarding": 1})
+            for last, node, device in ((1, site.gateway, "lan"), (10, site.client, "eth0"), (11, site.web, "eth0")):
+                self.six[node.name] = f"fd10:{n}::{last}"
+                node.ip(f"addr add {self.six[node.name]}/64 dev {device}")
+                if last > 1:
+                    node.ip(f"route add default via fd10:{n}::1")
 
     def clients(self):
         """Pod, node, and a pod that is a backend."""
@@ -104,7 +113,7 @@ class World:
             return read_all(s).decode().split()[0]
 
     def datagram(self, address, port=53, node=None, data=b"ping", timeout=3.0, s=None):
-        own = s or (node or self.one.client).udp(timeout=timeout)
+        own = s or (node or self.one.client).udp("::" if ":" in address else "0.0.0.0", timeout=timeout)
         try:
             own.connect((address, port))
             own.send(data)
@@ -130,7 +139,7 @@ class World:
 
 def setup(w):
     one, two, kube = w.one, w.two, w.kube
-    w.servers = [servers.Service(node, port, servers.says(name)) for node, port, name in (
+    w.servers = [servers.Service(node, port, servers.says(name), "::") for node, port, name in (
         (one.web, 8080, "a"), (one.client, 8080, "b"), (one.web, 8081, "a2"), (one.client, 8000, "b2"), (one.gateway, 9000, "host"),
         (two.web, 8080, "far"), (one.web, 8090, "gone"))]
     w.udp = [Udp(one.web, 5300, "a"), Udp(one.client, 5300, "b"), Udp(two.web, 5300, "far"), Udp(one.web, 5400, "a4")]
@@ -194,6 +203,18 @@ def setup(w):
     kube.slice("r84", "r85-v6", web, [("fd00::1", "edge-1")], family="IPv6")
     kube.service("r86", "10.96.1.86", web, [("127.0.0.1", "edge-1"), ("0.0.0.0", "edge-1"), a])
     kube.service("r96", "172.30.0.96", web, [a])
+    a6, b6, far6 = ((w.six[node.name], edge) for node, edge in ((w.one.web, "edge-1"), (w.one.client, "edge-1"), (two.web, "edge-2")))
+    w.a6, w.b6 = a6, b6
+    both = ports("80/TCP:8080:t:30082", "53/UDP:5300:u:30082")
+    kube.service("r82", "10.96.1.82 fd00:96::1:82", both, [a], type="NodePort")
+    kube.slice("r82", "r82-6", both, [b6], family="IPv6")
+    kube.service("r82b", "10.96.2.82 fd00:96::2:82", ports("80/TCP:8080:t", "53/UDP:5300:u"), [a])
+    six = ports("80/TCP:8080:t:30083", "53/UDP:5300:u:30083")
+    kube.service("r83", "fd00:96::1:83", six, [], slices=[], type="NodePort")
+    kube.slice("r83", "r83-6", six, [a6, b6], family="IPv6")
+    six = ports("80/TCP:8080:t", "53/UDP:5300:u")
+    kube.service("r83far", "fd00:96::2:83 10.96.2.83", six, [], slices=[])
+    kube.slice("r83far", "r83far-6", six, [far6], family="IPv6")
     kube.write()
     w.cluster.start()
     wait_for(lambda: w.tries(w.ask, "10.96.1.1") and w.tries(w.datagram, "10.96.1.4"), 20,
