@@ -116,7 +116,7 @@ impl Here<'_> {
             action,
         };
         let rules = vec![rule(1, rules::Action::Redirect(1)), rule(2, rules::Action::Refuse)];
-        let desired = Desired { address: own, mark: proxy.mark, catch, rules, left_out: 0 };
+        let desired = Desired { address: own, mark: proxy.mark, catch, rules, outside: vec![], left_out: 0 };
         nft::attempt(&desired).map_err(|e| format!("{e:#}"))
     }
 

@@ -77,6 +77,7 @@ mod credentials;
 pub mod detour;
 pub mod disk;
 pub mod dns;
+mod ears;
 pub mod encoding;
 pub mod exec;
 pub mod holder;

@@ -62,6 +62,8 @@ const QUIET: Duration = Duration::from_secs(1);
 /// The TCP proxy; see the module.
 pub struct Proxy {
     listener: Async<TcpListener>,
+    /// None where the kernel has no IPv6.
+    listener6: Option<Async<TcpListener>>,
     shared: Rc<Shared>,
     executor: Rc<LocalExecutor<'static>>,
     udp: Rc<Udp>,
@@ -69,7 +71,9 @@ pub struct Proxy {
 
 /// What all sessions share.
 pub(crate) struct Shared {
+    /// Where we listen; of IPv6 where the kernel has it.
     pub(crate) own: SocketAddr,
+    pub(crate) own6: Option<SocketAddr>,
     mark: u32,
     /// Connections and peers' streams at one time; beyond it a new one is refused at once.
     most: usize,
@@ -160,8 +164,13 @@ impl Proxy {
         let listener = sys::tcp_listener(&wanted).with_context(|| format!("cannot listen on {listen}"))?;
         // Inherited by what is accepted.
         pump::prepare(&listener)?;
+        let listener6 = sys::tcp_listener(&SocketAddr::new(rules::ADDRESS6.into(), 0))
+            .and_then(|listener6| pump::prepare(&listener6).map(|()| listener6))
+            .map_err(|e| log::info!("Services have no IPv6 here: {e}"))
+            .ok();
         let shared = Shared {
             own: listener.local_addr()?,
+            own6: listener6.as_ref().map(TcpListener::local_addr).transpose()?,
             mark: cfg.mark,
             most: cfg.max_connections,
             here,
@@ -179,7 +188,8 @@ impl Proxy {
         };
         let (shared, executor) = (Rc::new(shared), Rc::new(LocalExecutor::new()));
         let udp = Udp::new(Rc::clone(&shared), Rc::downgrade(&executor));
-        Ok(Self { listener: Async::new_nonblocking(listener)?, shared, executor, udp })
+        let listener6 = listener6.map(Async::new_nonblocking).transpose()?;
+        Ok(Self { listener: Async::new_nonblocking(listener)?, listener6, shared, executor, udp })
     }
 
     /// Where the rules send datagrams of UDP Services to.
@@ -194,6 +204,12 @@ impl Proxy {
         self.shared.own.port()
     }
 
+    /// The same for IPv6; None: the kernel has none.
+    #[must_use]
+    pub fn port6(&self) -> Option<u16> {
+        self.shared.own6.map(|own| own.port())
+    }
+
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain(Rc::clone(&self.shared))
@@ -204,15 +220,21 @@ impl Proxy {
     /// # Errors
     /// When the event loop no longer knows the listener.
     pub async fn run(self) -> Result<()> {
-        let Self { listener, shared, executor, udp } = self;
+        let Self { listener, listener6, shared, executor, udp } = self;
         let drain = Drain(Rc::clone(&shared));
         let tcp = async {
             let begun = async {
                 drain.begun().await;
                 Ok(())
             };
-            or(accept(&listener, &shared, &executor), begun).await.context("listener")?;
-            drop(listener);
+            let sixth = async {
+                match &listener6 {
+                    Some(listener) => accept(listener, &shared, &executor).await,
+                    None => std::future::pending().await,
+                }
+            };
+            or(or(accept(&listener, &shared, &executor), sixth), begun).await.context("listener")?;
+            drop((listener, listener6));
             drain.idle().await;
             Ok(())
         };
@@ -344,6 +366,10 @@ impl Shared {
         })
     }
 
+    fn is_own(&self, ip: IpAddr) -> bool {
+        ip == self.own.ip() || ip == rules::ADDRESS6
+    }
+
     fn full(&self, client: &TcpStream) {
         bump(&self.counters.refused_full);
         reset(client);
@@ -362,7 +388,7 @@ impl Shared {
     async fn client(&self, client: TcpStream, from: IpAddr) {
         bump(&self.counters.accepted);
         let destination = match sys::original_dst(&client) {
-            Ok(to) if to.ip() != self.own.ip() => to,
+            Ok(to) if !self.is_own(to.ip()) => to,
             Ok(_) | Err(_) => {
                 bump(&self.counters.refused_surface);
                 return reset(&client);
@@ -481,7 +507,7 @@ impl Shared {
 
     /// Puts our mark on a socket, so that the rules leave it alone.
     fn prepare(&self, socket: &impl AsFd, to: &SocketAddr) -> io::Result<()> {
-        if to.ip() == self.own.ip() {
+        if self.is_own(to.ip()) {
             return Err(io::Error::other("this is our own address"));
         }
         if let Err(e) = sys::set_mark(socket, self.mark) {

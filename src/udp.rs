@@ -91,10 +91,11 @@ enum Leg {
     Far(Rc<Queue>, #[allow(dead_code)] Task<()>),
 }
 
-/// One port's socket, with its task.
+/// One port's sockets, one for each family that its Service has, with their tasks.
 struct Bound {
     number: u16,
-    _task: Task<()>,
+    families: [bool; 2],
+    _tasks: Vec<Task<()>>,
 }
 
 /// See the module.
@@ -143,28 +144,41 @@ impl Udp {
     }
 
     fn bind(self: &Rc<Self>, bound: &mut Map<PortId, Bound>) {
-        let wanted = self.shared.table.read(udp::wanted);
-        bound.retain(|id, _| wanted.contains(id));
-        for id in wanted {
+        let own = [Some(self.shared.own), self.shared.own6].map(|own| own.map(|own| own.ip()));
+        let wanted = self.shared.table.read(|t| {
+            let families = |id: PortId| {
+                let vips = t.service_by_id(&id.0).map_or(&[][..], |s| &s.vips);
+                let has = |v4| vips.iter().any(|ip| ip.is_ipv4() == v4);
+                (id, [has(true), has(false) && own[1].is_some()])
+            };
+            udp::wanted(t).into_iter().map(families).collect::<Map<_, _>>()
+        });
+        bound.retain(|id, b| wanted.get(id) == Some(&b.families));
+        for (id, families) in wanted {
             if bound.contains_key(&id) {
                 continue;
             }
             let taken = |number| bound.values().any(|b| b.number == number);
+            let wanted = own.iter().zip(families).filter_map(|(own, wanted)| own.filter(|_| wanted));
             let mut found = Err(ErrorKind::AddrInUse.into());
             for number in udp::places(&id).filter(|n| !taken(*n)) {
-                found = sys::udp_socket(&SocketAddr::new(self.shared.own.ip(), number))
-                    .and_then(Async::new_nonblocking)
-                    .map(|socket| (number, socket));
+                let sockets = wanted
+                    .clone()
+                    .map(|own| sys::udp_socket(&SocketAddr::new(own, number)).and_then(Async::new_nonblocking));
+                found = sockets.collect::<io::Result<Vec<_>>>().map(|sockets| (number, sockets));
                 if !matches!(&found, Err(e) if e.kind() == ErrorKind::AddrInUse) {
                     break;
                 }
             }
             match found {
-                Ok((number, socket)) => {
-                    let port = Port { udp: Rc::clone(self), id: id.clone(), number, socket };
+                Ok((number, sockets)) => {
                     let Some(executor) = self.executor.upgrade() else { return };
-                    let task = executor.spawn(Rc::new(port).run());
-                    bound.insert(id, Bound { number, _task: task });
+                    let run = |socket| {
+                        let port = Port { udp: Rc::clone(self), id: id.clone(), number, socket };
+                        executor.spawn(Rc::new(port).run())
+                    };
+                    let tasks = sockets.into_iter().map(run).collect();
+                    bound.insert(id, Bound { number, families, _tasks: tasks });
                 }
                 Err(e) => self.shared.say(|| format!("no UDP socket for {}/{}: {e}", id.0.namespace, id.0.name)),
             }
@@ -263,7 +277,7 @@ impl Port {
         let (service, port) = &self.id;
         let now = shared.clock.now();
         let target = shared.table.read(|t| {
-            let same = |ip: &&IpAddr| ip.is_ipv4() == shared.own.is_ipv4();
+            let same = |ip: &&IpAddr| ip.is_ipv4() == key.1.is_ipv4();
             let vip = t.service_by_id(service).and_then(|s| s.vips.iter().chain(&s.external_ips).find(same));
             let destination = SocketAddr::new(*vip.ok_or(NoTarget::NotAService)?, *port);
             let ask = Ask { destination, protocol: Protocol::Udp, client: key.1.ip(), tried };

@@ -1,7 +1,7 @@
 //! The ways out of this machine, the ports that we want, and the relays.
 
 use super::line::{Line, fail, ok, warn};
-use crate::{admin::view::Relay, proxy::cover::Prefix, tunnel::BY_TCP};
+use crate::{admin::view::Relay, proxy::cover::Net, tunnel::BY_TCP};
 use std::net::Ipv4Addr;
 
 /// QUIC's smallest datagram (RFC 9000 section 14) with the headers of UDP and IPv4, and what IPv6 asks of a link.
@@ -47,10 +47,10 @@ pub fn bind(name: &str, key: &str, at: &str, trouble: Option<&str>) -> Line {
 
 /// `ways_out`: the interfaces of default routes.
 #[must_use]
-pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Prefix]) -> Line {
-    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains(**vip));
+pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Net]) -> Line {
+    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains((**vip).into()));
     if let Some(vip) = vips.iter().find(inside) {
-        let net = taken.iter().find(|net| net.length() > 1 && net.contains(*vip)).map(ToString::to_string);
+        let net = taken.iter().find(|net| net.length() > 1 && net.contains((*vip).into())).map(ToString::to_string);
         return warn(
             "route",
             &[&vip.to_string(), " of a Service lies in ", &net.unwrap_or_default(), ", a network of this host"],
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn routes() {
         let wan = ["wan".to_owned()];
-        let net = |a: [u8; 4], len| Prefix::new(Ipv4Addr::from(a), len);
+        let net = |a: [u8; 4], len| Net::new(Ipv4Addr::from(a).into(), len);
         let vip = [Ipv4Addr::new(10, 96, 0, 10)];
         assert!(said(&route(&wan, &vip, &[net([192, 168, 1, 0], 24), net([0; 4], 0)])).starts_with("ok out by wan"));
         assert!(

@@ -22,6 +22,7 @@ pub const KEEP: &[&str] = &[
     "endpoints",
     "externalIPs",
     "externalName",
+    "externalTrafficPolicy",
     "hostname",
     "ingress",
     "internalTrafficPolicy",
@@ -171,6 +172,8 @@ pub struct ServiceSpec {
     pub affinity_config: Option<AffinityConfig>,
     #[nserde(rename = "internalTrafficPolicy")]
     pub internal_policy: Option<String>,
+    #[nserde(rename = "externalTrafficPolicy")]
+    pub external_policy: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]
