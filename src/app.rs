@@ -385,7 +385,10 @@ impl Wiring {
             return Ok(());
         }
         let here = self.here();
-        let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
+        let cfg = balancer;
+        let mut balancer = Balancer::new(cfg.default, fastrand::Rng::new());
+        balancer.prefer.clone_from(&cfg.prefer);
+        balancer.outlier.failures = cfg.outlier;
         let (table, counters, tunnel) = (self.table.reader(), Rc::clone(&self.counts.proxy), self.tunnel.reader());
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
         self.proxy = Some((proxy.port(), proxy.udp_ports()));

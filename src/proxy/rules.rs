@@ -243,6 +243,7 @@ mod tests {
             node: None,
             zone: None,
             pod: None,
+            hints: None,
             ready,
             serving: ready,
             terminating: false,

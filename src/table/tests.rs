@@ -43,6 +43,7 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                 node: rng.bool().then(|| name("node", rng.usize(..3))),
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: rng.bool(),
                 serving: rng.bool(),
                 terminating: rng.bool(),
@@ -112,7 +113,7 @@ impl Model {
                 Object::Pod(p) if pods.get(&p.id).is_none_or(|(old, _)| old < source) => {
                     pods.insert(p.id.clone(), (*source, p));
                 }
-                Object::Service(_) | Object::Node(_) | Object::Pod(_) => {}
+                Object::Service(_) | Object::Node(_) | Object::Pod(_) | Object::Rule(_) => {}
             }
         }
         for (id, (_, pod)) in pods {

@@ -63,6 +63,7 @@ fn put(table: &mut Table, line: &str) {
                 node: None,
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: true,
                 serving: true,
                 terminating: false,
