@@ -492,6 +492,7 @@ impl Wiring {
             })
         };
         let shown = Rc::new(shown);
+        let proxy = self.drains.last().filter(|_| self.proxy.is_some()).cloned();
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
         Ok(Views {
             node: self.node.clone(),
@@ -505,6 +506,8 @@ impl Wiring {
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
             resolve: Box::new(resolve),
+            policy: self.config.balancer.default,
+            fared: Box::new(move |port, address| proxy.as_ref()?.fared(port, address)),
         })
     }
 }

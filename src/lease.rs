@@ -88,7 +88,7 @@ impl<'s> Lease<'s> {
     /// Where the bytes of this connection are to be counted: by itself where somebody has to look at them.
     pub(crate) fn counts<'c>(&'c self, own: &'c Moved) -> [&'c Cell<u64>; 2] {
         let counters = &self.shared.counters;
-        let is_limited = self.time(Number::IdleMs).or(self.time(Number::LifeMs)).is_some();
+        let is_limited = self.time(Number::IdleMs).is_some() || self.time(Number::LifeMs).is_some();
         if is_limited { [&own[0], &own[1]] } else { [&counters.bytes_up, &counters.bytes_down] }
     }
 

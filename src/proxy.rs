@@ -21,7 +21,7 @@ use crate::{
     sys,
     table::{
         Table,
-        balance::{Ask, Balancer, Here, NoTarget, Target},
+        balance::{Ask, Balancer, Fared, Here, NoTarget, PortId, Target},
         model::{Protocol, ServiceId},
     },
     tunnel::{self, Open, Refusal, TunnelStream},
@@ -114,6 +114,12 @@ impl Drain {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.0.sessions.get() == 0
+    }
+
+    /// How an endpoint of a Service's port has fared with this proxy.
+    #[must_use]
+    pub fn fared(&self, port: &PortId, address: SocketAddr) -> Option<Fared> {
+        self.0.balancer.borrow().fared(port, address, self.0.clock.now())
     }
 
     /// Resolves when there is no session.

@@ -137,7 +137,7 @@ impl Table {
             return Err(NoTarget::Full);
         }
         let rule = traffic.map(Rc::as_ref);
-        let picked = balancer.choose(service, &id, rule, &ask, key, candidates, now).ok_or(NoTarget::NoEndpoint)?;
+        let picked = balancer.choose(service, &id, (rule, key), &ask, candidates, now).ok_or(NoTarget::NoEndpoint)?;
         let Candidate { address, place, .. } = picked;
         let target = match place {
             Place::Here | Place::Direct => Target::Local(address),
@@ -274,7 +274,9 @@ impl Table {
         }
     }
 
-    fn zone_of<'t>(&'t self, endpoint: &'t About) -> Option<&'t str> {
+    /// That of the slice, else of its node.
+    #[must_use]
+    pub fn zone_of<'t>(&'t self, endpoint: &'t About) -> Option<&'t str> {
         let of_node = || self.node(endpoint.node.as_ref()?)?.zone.as_deref();
         endpoint.zone.as_deref().or_else(of_node)
     }

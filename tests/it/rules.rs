@@ -74,7 +74,9 @@ fn every_rule_is_read_and_what_is_not_done_is_named() {
         let rule = rule("rule", version, &spec.replace("HOST", r#""host": "web""#));
         let mut table = Table::default();
         table.apply(Change::Apply(Source::Api, Object::Rule(rule.clone())));
-        objects(CLUSTER).into_iter().for_each(|o| drop(table.apply(Change::Apply(Source::Api, o))));
+        for object in objects(CLUSTER) {
+            table.apply(Change::Apply(Source::Api, object));
+        }
         let port = &table.service_by_id(&web).unwrap().ports[0];
         let traffic = table.traffic(&web, port).cloned();
         let cut = rule.not_done.strip_suffix(", ...").unwrap_or(&rule.not_done);
@@ -129,7 +131,9 @@ fn a_rule_of_the_services_name_counts_where_its_host_is_no_service() {
     let spec = r#"{"host":"hostname-lb-edge","trafficPolicy":{"loadBalancer":{"simple":"RANDOM"}}}"#;
     let mut table = Table::default();
     table.apply(Change::Apply(Source::Api, Object::Rule(rule("web", "v1alpha3", spec))));
-    objects(CLUSTER).into_iter().for_each(|o| drop(table.apply(Change::Apply(Source::Api, o))));
+    for object in objects(CLUSTER) {
+        table.apply(Change::Apply(Source::Api, object));
+    }
     let web = ServiceId { namespace: "shop".into(), name: "web".into() };
     assert_eq!(table.rule_of(&web).and_then(|r| r.traffic.choice.clone()), Some(Choice::Random));
     let other = r#"{"apiVersion":"example.com/v1","kind":"DestinationRule","metadata":{"name":"x"},"spec":{}}"#;

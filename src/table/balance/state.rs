@@ -131,14 +131,14 @@ impl Balancer {
         self.ports.get_or_insert_mut(id.clone(), Port::default)
     }
 
-    /// Picks one of the candidates, which are of one Service's port. `key` is the hash of what the rule wants hashed.
+    /// Picks one of the candidates, which are of one Service's port. What the rule says comes
+    /// with the hash of what it wants hashed.
     pub(super) fn choose<'t>(
         &mut self,
         service: &Service,
         id: &PortId,
-        traffic: Option<&Traffic>,
+        (traffic, key): (Option<&Traffic>, Option<u64>),
         ask: &Ask<'_>,
-        key: Option<u64>,
         mut candidates: Vec<Candidate<'t>>,
         now: Instant,
     ) -> Option<Candidate<'t>> {

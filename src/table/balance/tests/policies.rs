@@ -260,7 +260,9 @@ fn ejection_has_a_floor_and_the_last_one_stays() {
 #[test]
 fn c49_when_all_others_were_tried_those_left_out_are_tried_too() {
     let mut world = World::new(service(), three());
-    (0..20).for_each(|_| drop(world.connect(&["10.1.0.2"])));
+    for _ in 0..20 {
+        world.connect(&["10.1.0.2"]);
+    }
     let (address, tries) = world.connect(&["10.1.0.1", "10.1.0.3"]);
     assert_eq!((address.ip().to_string().as_str(), tries), ("10.1.0.2", 2));
 }
