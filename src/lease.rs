@@ -1,7 +1,7 @@
 //! A connection that an endpoint has: counted while it lives, and as long as its Service's rule allows.
 
 use crate::{
-    metrics::add,
+    metrics::{add, bump},
     proxy::Shared,
     pump, sys,
     table::{
@@ -67,6 +67,7 @@ impl<'s> Lease<'s> {
     pub(crate) fn failed(&self) {
         let now = self.shared.clock.now();
         if self.shared.balancer.borrow_mut().failed(&self.port, self.address, self.traffic.as_deref(), now) {
+            bump(&self.shared.counters.ejections);
             let (ServiceId { namespace, name }, number, _) = &self.port;
             self.shared.say(|| format!("{namespace}/{name}:{number}: {} fails: left out for a while", self.address));
         }

@@ -21,7 +21,7 @@ use crate::{
     sys,
     table::{
         Table,
-        balance::{Ask, Balancer, Fared, Here, NoTarget, PortId, Target},
+        balance::{Ask, Balancer, Here, NoTarget, Target},
         model::{Protocol, ServiceId},
     },
     tunnel::{self, Open, Refusal, TunnelStream},
@@ -74,7 +74,7 @@ pub(crate) struct Shared {
     /// Connections and peers' streams at one time; beyond it a new one is refused at once.
     most: usize,
     pub(crate) here: Here,
-    pub(crate) balancer: RefCell<Balancer>,
+    pub(crate) balancer: Rc<RefCell<Balancer>>,
     pub(crate) table: Reader<Table>,
     pub(crate) tunnel: Reader<Option<tunnel::Handle>>,
     pub(crate) counters: Rc<ProxyCounters>,
@@ -116,12 +116,6 @@ impl Drain {
         self.0.sessions.get() == 0
     }
 
-    /// How an endpoint of a Service's port has fared with this proxy.
-    #[must_use]
-    pub fn fared(&self, port: &PortId, address: SocketAddr) -> Option<Fared> {
-        self.0.balancer.borrow().fared(port, address, self.0.clock.now())
-    }
-
     /// Resolves when there is no session.
     pub async fn idle(&self) {
         let mut bell = self.0.leave.listen();
@@ -156,7 +150,7 @@ impl Proxy {
         cfg: &ProxyConfig,
         listen: IpAddr,
         here: Here,
-        balancer: Balancer,
+        balancer: Rc<RefCell<Balancer>>,
         table: Reader<Table>,
         tunnel: Reader<Option<tunnel::Handle>>,
         counters: Rc<ProxyCounters>,
@@ -171,7 +165,7 @@ impl Proxy {
             mark: cfg.mark,
             most: cfg.max_connections,
             here,
-            balancer: RefCell::new(balancer),
+            balancer,
             table,
             tunnel,
             counters,

@@ -7,7 +7,7 @@ use super::{
 };
 use std::{collections::BTreeMap, net::IpAddr, rc::Rc, time::Duration};
 
-/// Rules of one host; the youngest beyond them are not looked at.
+/// Rules of one host that are compared; those that came after them are not.
 const OF_HOST_MAX: usize = 64;
 
 /// Istio's defaults where a rule asks for outlier detection (DestinationRule, OutlierDetection).

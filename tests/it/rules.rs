@@ -1,12 +1,14 @@
 //! DestinationRules as the API accepts them: none stops anything, what is done is done, and what is not is named.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use weft::{
     config::Policy,
     kube::{
         item::{self, Read},
         json::Scanner,
+        resource::Resource,
         types::KEEP,
+        watcher::{Input, Output, Setup, Watcher},
     },
     table::{
         Table,
@@ -150,4 +152,99 @@ fn what_is_not_done_is_named_in_a_few_words() {
     let spec = format!(r#"{{"host":"web","trafficPolicy":{{{},"deep":{deep}}}}}"#, many.join(","));
     let rule = rule("a", "v1", &spec);
     assert!(rule.not_done.len() < 210 && rule.not_done.ends_with(", ..."), "{}", rule.not_done);
+}
+
+/// Asks a server that answers each path by `serve` until the watcher rests; the paths that it was asked for.
+fn followed(watcher: &mut Watcher, table: &mut Table, now: Instant, serve: impl Fn(&str) -> String) -> Vec<String> {
+    let mut asked = Vec::new();
+    watcher.handle_input(now, Input::Tick, table);
+    for _ in 0..100 {
+        match watcher.poll_output() {
+            Output::Connect => watcher.handle_input(now, Input::Connected, table),
+            Output::Get(target) => {
+                let answer = serve(&target);
+                asked.push(target.split('?').next().unwrap().to_owned());
+                watcher.handle_input(now, Input::Bytes(answer.as_bytes()), table);
+            }
+            Output::Hangup => {}
+            Output::Wait(_) => break,
+        }
+    }
+    asked
+}
+
+fn http(status: u16, body: &str) -> String {
+    format!("HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+#[test]
+fn the_version_that_the_server_has_is_followed_and_no_version_is_no_error() {
+    let begun = Instant::now();
+    let setup = |metaserver| Setup {
+        resource: Resource::rules(metaserver),
+        namespace: None,
+        metaserver,
+        pod_names: false,
+        start: begun,
+        spread: Duration::ZERO,
+        rng: fastrand::Rng::with_seed(7),
+    };
+    let absent = |_: &str| http(404, r#"{"kind":"Status","code":404,"message":"the server could not find it"}"#);
+    let all: Vec<String> =
+        ["v1", "v1beta1", "v1alpha3"].map(|v| format!("/apis/networking.istio.io/{v}/destinationrules")).into();
+    let (mut watcher, mut table) = (Watcher::new(setup(false)), Table::default());
+    assert_eq!(followed(&mut watcher, &mut table, begun, absent), all);
+    let report = watcher.report();
+    assert!(report.synced && report.error.is_none(), "{report:?}");
+    assert_eq!(followed(&mut watcher, &mut table, begun + Duration::from_secs(50), absent), [""; 0], "slowly");
+    let item = r#"{"metadata":{"name":"r","namespace":"shop","uid":"u","resourceVersion":"5"},
+        "spec":{"host":"web","trafficPolicy":{"loadBalancer":{"simple":"RANDOM"}}}}"#;
+    let present = |target: &str| {
+        if !target.contains("/v1beta1/") {
+            absent(target)
+        } else if target.contains("watch=1") {
+            let bookmark = r#"{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"9",
+                "annotations":{"k8s.io/initial-events-end":"true"}}}}"#;
+            let events = format!("{{\"type\":\"ADDED\",\"object\":{item}}}{bookmark}");
+            let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+            format!("{head}{:x}\r\n{events}\r\n", events.len())
+        } else {
+            http(
+                200,
+                &format!(r#"{{"kind":"DestinationRuleList","metadata":{{"resourceVersion":"9"}},"items":[{item}]}}"#),
+            )
+        }
+    };
+    let later = begun + Duration::from_secs(400);
+    let asked = followed(&mut watcher, &mut table, later, present);
+    assert_eq!(asked.last(), Some(&all[1]), "the CRD came later: {asked:?}");
+    assert_eq!((table.rules().count(), watcher.report().synced), (1, true));
+    let (mut edge, mut table) = (Watcher::new(setup(true)), Table::default());
+    assert_eq!(followed(&mut edge, &mut table, begun, absent)[0], all[2], "metaServer knows EdgeMesh's");
+}
+
+#[test]
+fn mutilated_rules_end_and_never_panic() {
+    let mut rng = fastrand::Rng::with_seed(11);
+    for line in CORPUS.lines().filter(|line| !line.starts_with('#')) {
+        let spec = line.split(" =>").next().unwrap().replace("HOST", r#""host": "web""#);
+        let whole = format!(
+            r#"{{"apiVersion":"networking.istio.io/v1","kind":"DestinationRule","metadata":{{"name":"r"}},"spec":{spec}}}"#
+        );
+        for _ in 0..200 {
+            let mut bytes = whole.clone().into_bytes();
+            for _ in 0..rng.usize(1..4) {
+                let at = rng.usize(..bytes.len());
+                match rng.u8(..3) {
+                    0 => bytes[at] = b"{}[]\",:0ae\\-."[rng.usize(..13)],
+                    1 => drop(bytes.remove(at)),
+                    _ => bytes.insert(at, b"{}[]\",:0ae\\-."[rng.usize(..13)]),
+                }
+            }
+            let (mut scanner, mut rest) = (Scanner::new(KEEP), &bytes[..]);
+            while let Ok(Some(piece)) = scanner.next(&mut rest) {
+                let _ = item::read(&piece, &mut |name| name.into());
+            }
+        }
+    }
 }
