@@ -55,12 +55,19 @@ pub fn counts(table: &Table) -> (usize, usize, usize) {
 pub fn rules(table: &Table) -> Vec<String> {
     let mut out = Vec::new();
     let mut more = 0;
-    for rule in table.rules().filter(|r| !r.not_done.is_empty()) {
+    for rule in table.rules() {
+        let ServiceId { namespace, name } = &rule.id;
+        let service = rule.host.as_ref().and_then(|host| table.service_by_id(host));
+        let is_sticky = service.is_some_and(|s| s.affinity != Affinity::None) && rule.traffic.choice.is_some();
+        if rule.not_done.is_empty() && !is_sticky {
+            continue;
+        }
+        more += 1;
         if out.len() < RULES_MAX {
-            let ServiceId { namespace, name } = &rule.id;
-            out.push(format!("DestinationRule {namespace}/{name}: not done here: {}", rule.not_done));
-        } else {
-            more += 1;
+            more -= 1;
+            let no = if is_sticky { "loadBalancer (the Service's own affinity wins)" } else { "" };
+            let comma = if is_sticky && !rule.not_done.is_empty() { ", " } else { "" };
+            out.push(format!("DestinationRule {namespace}/{name}: not done here: {no}{comma}{}", rule.not_done));
         }
     }
     if more > 0 {
