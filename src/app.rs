@@ -9,7 +9,7 @@ use crate::{
     api::{self, Api},
     ca,
     clock::{BUILT, Clock},
-    config::{Config, PodNames, StaticService},
+    config::{Config, PodNames, Policy, StaticService},
     dns::{
         self, Resolver,
         answer::{Answerer, Outcome, Via},
@@ -230,6 +230,8 @@ pub(crate) struct Wiring {
     tunnel_at: Option<SocketAddr>,
     /// Its port, that of IPv6, and those of UDP.
     proxy: Option<(u16, Option<u16>, Reader<udp::Ports>)>,
+    /// Of all proxies, so that clients stay where they are when another one begins.
+    balancer: Rc<RefCell<Balancer>>,
     /// Of the proxy that runs, the last, and of those before it.
     pub(crate) drains: Vec<Drain>,
     pub(crate) undo: Option<Undo>,
@@ -265,6 +267,7 @@ impl Wiring {
             tunnel: Writer::new(None),
             tunnel_at: None,
             proxy: None,
+            balancer: Rc::new(RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::new()))),
             drains: Vec::new(),
             undo: None,
             rules: None,
@@ -400,7 +403,12 @@ impl Wiring {
             return Ok(());
         }
         let here = self.here();
-        let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
+        let mut state = self.balancer.borrow_mut();
+        state.policy = balancer.default;
+        state.prefer.clone_from(&balancer.prefer);
+        state.outlier.failures = balancer.outlier;
+        drop(state);
+        let balancer = Rc::clone(&self.balancer);
         let (table, counters, tunnel) = (self.table.reader(), Rc::clone(&self.counts.proxy), self.tunnel.reader());
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
         self.proxy = Some((proxy.port(), proxy.port6(), proxy.udp_ports()));
@@ -506,6 +514,7 @@ impl Wiring {
             })
         };
         let shown = Rc::new(shown);
+        let (balancer, clock) = (Rc::clone(&self.balancer), self.clock);
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
         Ok(Views {
             node: self.node.clone(),
@@ -519,6 +528,8 @@ impl Wiring {
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
             resolve: Box::new(resolve),
+            policy: self.config.balancer.default,
+            fared: Box::new(move |port, address| balancer.borrow().fared(port, address, clock.now())),
         })
     }
 }

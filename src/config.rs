@@ -15,6 +15,7 @@ use crate::{
     carrier::connect::Proxy,
     kube::access::Server,
     proxy::cover::Net,
+    table::balance::Nearness,
     tunnel::{RelayLimits, identity::node_name},
 };
 use std::{
@@ -203,12 +204,17 @@ pub struct ProxyConfig {
 pub enum Policy {
     RoundRobin,
     Random,
+    LeastRequest,
     Sticky,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct BalancerConfig {
     pub default: Policy,
+    /// The nearest kind that has an endpoint is used; `Any` is the last in any case.
+    pub prefer: Vec<Nearness>,
+    /// Failures in a row after which an endpoint is left out for a while; 0: never.
+    pub outlier: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

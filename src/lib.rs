@@ -17,6 +17,14 @@
 //!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons
 //! ```
 //!
+//! # The balancer
+//!
+//! `table::balance` picks an endpoint: it takes the nearest that serve, as hints and the Service's policies have it, and
+//! of those one by the policy. `table::balance::state` is what it remembers between connections, one for all proxies;
+//! `table::rule` says which DestinationRule is a Service's. `lease` is a connection that an endpoint has, `first` looks at
+//! the bytes that a client sends before it has one. A hash goes to the endpoint with the highest weight (rendezvous): there
+//! is no ring to keep, and one that goes moves no keys but its own.
+//!
 //! # The Kubernetes client
 //!
 //! `api` drives one `kube::watcher::Watcher` for each resource (and namespace): bytes go in, requests and timers come
@@ -80,9 +88,11 @@ pub mod dns;
 mod ears;
 pub mod encoding;
 pub mod exec;
+mod first;
 pub mod holder;
 pub mod iptables;
 pub mod kube;
+mod lease;
 pub mod links;
 pub mod log;
 pub mod metrics;

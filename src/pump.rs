@@ -40,10 +40,8 @@ const HELD: usize = 8 * 1024;
 
 /// Below the 2 h after which many firewalls forget an established connection (RFC 5382, REQ-5), and far
 /// above what a battery would notice.
-const KEEPALIVE: Duration = Duration::from_secs(120);
-/// With four probes a dead peer is found within four minutes.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(30);
-const KEEPALIVE_PROBES: u8 = 4;
+/// With four probes, 30 s apart, a dead peer is found within four minutes.
+pub(crate) const KEEPALIVE: (Duration, Duration, u8) = (Duration::from_secs(120), Duration::from_secs(30), 4);
 
 /// Sets what each relayed connection needs; on a listener the accepted ones inherit it.
 ///
@@ -51,7 +49,8 @@ const KEEPALIVE_PROBES: u8 = 4;
 /// As setsockopt(2).
 pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
     sys::nodelay(socket)?;
-    sys::keepalive(socket, KEEPALIVE, KEEPALIVE_EVERY, KEEPALIVE_PROBES)
+    let (idle, every, probes) = KEEPALIVE;
+    sys::keepalive(socket, idle, every, probes)
 }
 
 #[derive(Debug)]

@@ -7,6 +7,7 @@ pub mod packed;
 mod pods;
 mod pool;
 mod reduce;
+pub mod rule;
 pub mod scope;
 pub mod snapshot;
 pub mod statics;
@@ -88,6 +89,7 @@ pub struct Table {
     /// The nodes whose visible version has the address. Sites behind NATs often share private addresses.
     node_addresses: BTreeMap<IpAddr, Vec<Name>>,
     pods: pods::Pods,
+    rules: rule::Rules,
     /// All versions' vips, external addresses and node ports -> slot.
     by_vip: Index,
     /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
@@ -268,6 +270,7 @@ impl Table {
         self.records.iter().map(|r| of(&r.services, source) + of(&r.slices, source)).sum::<usize>()
             + self.nodes.values().map(|n| of(n, source)).sum::<usize>()
             + self.pods.versions().map(|p| of(p, source)).sum::<usize>()
+            + self.rules.versions().map(|r| of(r, source)).sum::<usize>()
     }
 
     /// The port of a slice that a Service's port stands for: joined by name and protocol.

@@ -71,6 +71,8 @@ tables! {
 
     pub(super) struct RawBalancer {
         pub(super) default: Text,
+        pub(super) prefer: Option<Vec<Spanned<String>>>,
+        pub(super) outlier: Number,
     }
 
     pub(super) struct RawTunnel {

@@ -3,11 +3,12 @@
 use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
-    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
+    raw::{Number, RawBalancer, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
     read, service,
 };
 use crate::{
     carrier::connect::Proxy,
+    table::balance::{Nearness, OUTLIER, PREFER},
     tunnel::{
         Rate, RelayLimits,
         identity::{network_name, node_name},
@@ -71,7 +72,7 @@ impl Default for Config {
                 max_connections: 4_096,
                 drain: 5,
             },
-            balancer: BalancerConfig { default: Policy::RoundRobin },
+            balancer: BalancerConfig { default: Policy::RoundRobin, prefer: PREFER.into(), outlier: OUTLIER.failures },
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
@@ -102,8 +103,7 @@ impl Config {
         put.kube(&mut c.kube, raw.kube)?;
         put.dns(&mut c.dns, raw.dns)?;
         put.proxy(&mut c.proxy, raw.proxy)?;
-        let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
-        put.choice(&mut c.balancer.default, "balancer.default", raw.balancer.default, &policies)?;
+        put.balancer(&mut c.balancer, raw.balancer)?;
         put.tunnel(&mut c.tunnel, raw.tunnel)?;
         put.relay(&mut c.relay, raw.relay)?;
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
@@ -224,6 +224,28 @@ impl Put<'_> {
                 ("trace", LevelFilter::Trace),
             ],
         )
+    }
+
+    fn balancer(&self, c: &mut BalancerConfig, raw: RawBalancer) -> Result<(), ConfigError> {
+        let policies = [
+            ("round-robin", Policy::RoundRobin),
+            ("random", Policy::Random),
+            ("least-request", Policy::LeastRequest),
+            ("sticky", Policy::Sticky),
+        ];
+        self.choice(&mut c.default, "balancer.default", raw.default, &policies)?;
+        let kinds = "\"node\", \"network\", \"zone\" or \"any\"";
+        self.list(&mut c.prefer, "balancer.prefer", raw.prefer, kinds, |kind| match kind {
+            "node" => Some(Nearness::Node),
+            "network" => Some(Nearness::Network),
+            "zone" => Some(Nearness::Zone),
+            "any" => Some(Nearness::Any),
+            _ => None,
+        })?;
+        let expected = "a number of failures from 0 to 1000";
+        self.value(&mut c.outlier, "balancer.outlier", raw.outlier, expected, |n| {
+            u32::try_from(*n).ok().filter(|n| *n <= 1_000)
+        })
     }
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {

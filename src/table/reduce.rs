@@ -36,6 +36,7 @@ impl Table {
                     Object::Slice(slice) => self.put_slice(source, generation, slice),
                     Object::Node(node) => self.put_node(source, generation, node),
                     Object::Pod(pod) => self.pods.put(source, generation, pod, &mut self.names),
+                    Object::Rule(rule) => self.rules.put(source, generation, rule),
                 }
             }
             Change::Keep(source, id) => {
@@ -176,6 +177,7 @@ impl Table {
             }
             ObjectId::Node(name) => of(self.nodes.get_mut(name)?, source),
             ObjectId::Pod(id) => of(self.pods.find_mut(id)?, source),
+            ObjectId::Rule(id) => of(self.rules.find_mut(id)?, source),
             ObjectId::Slice(id) => {
                 let (slot, at) = self.find_slice(source, id)?;
                 Some(&mut self.records[slot as usize].slices[at].generation)
@@ -221,6 +223,7 @@ impl Table {
                 visible
             }
             ObjectId::Pod(id) => self.pods.delete(source, id),
+            ObjectId::Rule(id) => self.rules.delete(source, id),
             ObjectId::Slice(id) => {
                 let Some((slot, at)) = self.find_slice(source, id) else { return false };
                 let record = &mut self.records[slot as usize];
@@ -259,6 +262,8 @@ impl Table {
         gone.extend(nodes.map(|e| ObjectId::Node(e.value.name.clone())));
         let pods = self.pods.entries().filter(|e| stale(e, source, generation));
         gone.extend(pods.map(|e| ObjectId::Pod(e.value.id.clone())));
+        let rules = self.rules.versions().flatten().filter(|e| stale(e, source, generation));
+        gone.extend(rules.map(|e| ObjectId::Rule(e.value.id.clone())));
         let changed = gone.iter().fold(first, |changed, id| self.delete(source, id) || changed);
         drop(gone);
         self.clean();

@@ -50,6 +50,7 @@ fn slices(of: &StaticService) -> impl Iterator<Item = Object> + '_ {
             node: endpoint.node.as_deref().map(Into::into),
             zone: None,
             pod: None,
+            hints: None,
             ready: true,
             serving: true,
             terminating: false,

@@ -49,6 +49,7 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                 node: rng.bool().then(|| name("node", rng.usize(..3))),
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: rng.bool(),
                 serving: rng.bool(),
                 terminating: rng.bool(),
@@ -118,7 +119,7 @@ impl Model {
                 Object::Pod(p) if pods.get(&p.id).is_none_or(|(old, _)| old < source) => {
                     pods.insert(p.id.clone(), (*source, p));
                 }
-                Object::Service(_) | Object::Node(_) | Object::Pod(_) => {}
+                Object::Service(_) | Object::Node(_) | Object::Pod(_) | Object::Rule(_) => {}
             }
         }
         for (id, (_, pod)) in pods {
@@ -358,6 +359,7 @@ fn a_node_port_leads_to_its_service_and_with_the_external_policy_local_to_its_en
         node: Some(node.into()),
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

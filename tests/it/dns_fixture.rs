@@ -146,6 +146,7 @@ fn endpoints(e: &Json) -> Vec<Endpoint> {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

@@ -68,6 +68,7 @@ pub(crate) fn table() -> Table {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

@@ -64,6 +64,7 @@ fn put(table: &mut Table, line: &str) {
                 node: None,
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: true,
                 serving: true,
                 terminating: false,
@@ -118,7 +119,7 @@ fn main() {
         table.update(|t| t.apply(Change::Begin(Source::Config)));
         let counters = Rc::new(ProxyCounters::default());
         let here = Here { node: "here".into(), ..Here::default() };
-        let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::new());
+        let balancer = Rc::new(std::cell::RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::new())));
         let reader = table.reader();
         let proxy =
             Proxy::bind(&cfg, listen, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)

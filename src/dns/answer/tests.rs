@@ -38,6 +38,7 @@ fn slice(of: &str, count: u32) -> Change {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

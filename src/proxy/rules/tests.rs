@@ -30,6 +30,7 @@ fn endpoint(ready: bool) -> Endpoint {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready,
         serving: ready,
         terminating: false,
