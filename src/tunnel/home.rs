@@ -92,6 +92,8 @@ pub(super) enum Action {
     Tried(SocketAddr),
     /// It is silent, or about to leave: data takes other ways where there are any.
     Suspect(usize),
+    /// It answers again, maybe to another address of ours.
+    Back(usize),
     /// No registration any more: paths through it are dead.
     Lost(usize),
     /// The first relay is another one now.
@@ -430,6 +432,15 @@ impl Homes {
     pub(super) fn pulse(&mut self) -> (bool, Option<Instant>) {
         let up = self.all_up().map(|(up, _)| up.pulse());
         up.fold((false, None), |(late, last), (is_late, heard)| (late || is_late, last.max(heard)))
+    }
+
+    /// A peer is silent: is it the peer, or our link?
+    pub(super) fn doubt(&mut self, now: Instant) {
+        for relay in [self.first, self.standby].into_iter().flatten() {
+            if let Some(up) = self.list.get_mut(relay).and_then(Home::up_mut) {
+                up.doubt(now);
+            }
+        }
     }
 
     /// Those that have answered until now are asked whether they still do.

@@ -180,6 +180,16 @@ impl Paths {
         self.current.take()
     }
 
+    /// The data takes the relay's way, or that as well.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.suspect || self.current.is_none_or(Path::is_relay)
+    }
+
+    /// What was sent directly had no answer at all for a while.
+    pub(super) fn is_silent(&self, now: Instant) -> bool {
+        self.silent_since.is_some_and(|at| now >= at + NUDGE)
+    }
+
     /// The way that the data takes now, where it takes no relay's.
     fn direct(&self) -> Option<Way> {
         match self.current {

@@ -144,6 +144,12 @@ impl Up {
         }
     }
 
+    pub(super) fn doubt(&mut self, now: Instant) {
+        if now >= self.heard + PING_AGAIN {
+            self.hurry(now);
+        }
+    }
+
     /// (it does not answer, when it last did).
     pub(super) fn pulse(&self) -> (bool, Option<Instant>) {
         (self.rtt.is_some() && self.unanswered >= LATE, self.rtt.map(|_| self.heard))
