@@ -276,6 +276,9 @@ impl Paths {
     pub(super) fn came_from(&mut self, now: Instant, from: Way, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
         if self.current == Some(Path::Direct(from)) {
             self.alive(out);
+            // What is answered keeps both NATs open.
+            let busy = self.busy.is_some_and(|at| now < at + BUSY);
+            self.next_ping = self.next_ping.map(|at| if busy { at } else { at.max(now + KEEPALIVE) });
             return;
         }
         self.candidates.learn(from, self.direct());

@@ -73,6 +73,22 @@ fn a_shallow_queue_is_not_flooded() {
     }
 }
 
+#[test]
+fn a_path_that_has_become_slower_is_filled_again() {
+    for seed in seeds(2) {
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
+        p.world.delay = SEC / 2000;
+        p.world.line = Some(Line::new(20 * MBIT, SEC / 20, ETHERNET));
+        let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+        settle(&mut p.world, "direct");
+        assert!(pour(&mut p.world, near, far, 3 * SEC) as u64 >= 2 * 15 * MBIT, "seed {seed}: while it was fast");
+        p.world.delay = SEC / 50;
+        pour(&mut p.world, near, far, 13 * SEC);
+        let got = pour(&mut p.world, near, far, 5 * SEC) as u64;
+        assert!(got >= 5 * 16 * MBIT, "seed {seed}: {} kbit/s; {:?}", got * 8 / 5000, view(&p.world, 1, "b"));
+    }
+}
+
 /// A few bytes each second.
 fn trickle(world: &mut World, near: End, far: End, seconds: usize) {
     for _ in 0..seconds {
