@@ -167,7 +167,12 @@ fn a_path_of_1280_bytes_works_direct_and_relayed() {
             assert!(got == bytes, "seed {seed}");
             // IPv4 and UDP, and a relay's header; the search ends with steps of 20 bytes.
             let fits = 1280 - 28 - if path == "relay" { 13 } else { 0 };
-            let found = view(&p.world, 1, "b").mtu;
+            // Each size that does not pass is tried three times, and given up after somewhat more than a round trip.
+            let found = |w: &World| view(w, 1, "b").mtu;
+            for _ in 0..5 {
+                pour(&mut p.world, near, far, if found(&p.world) < fits - 32 { SEC } else { SEC / 100 });
+            }
+            let found = found(&p.world);
             assert!((fits - 32..=fits).contains(&found), "seed {seed} {kind:?}: {found} of {fits}");
         }
     }
@@ -192,7 +197,9 @@ fn a_black_hole_is_found_within_five_seconds() {
                 pour(&mut p.world, near, far, SEC / 2);
                 let again = until_through(&mut p.world, near, far, 100_000, most * SEC - SEC / 2).is_some();
                 assert!(again, "{named}: still nothing, by {}", view(&p.world, 1, "b").path);
-                assert_eq!(view(&p.world, 1, "b").mtu, 1200, "{named}");
+                // Or what has come through since.
+                let (found, fits) = (view(&p.world, 1, "b").mtu, 1300 - 28 - if path == "relay" { 13 } else { 0 });
+                assert!((1200..=fits).contains(&found), "{named}: {found}");
             }
         }
     }
