@@ -29,9 +29,10 @@ fn feed(session: &mut dyn Handshake, message: &[u8], cuts: &[u8]) -> bool {
 fuzz_target!(|input: &[u8]| {
     let Some((&[kind, which, high, low, value, longer], cuts)) = input.split_first_chunk::<6>() else { return };
     let purpose = if kind & 1 == 0 { Purpose::Peer } else { Purpose::Register };
-    let [mut near, mut far] = CLUSTER.with(|c| c.get_or_init(Cluster::default).handshake(purpose));
+    let ends = || CLUSTER.with(|c| c.get_or_init(Cluster::default).handshake(purpose, [kind & 2 != 0, kind & 4 != 0]));
+    let [mut near, mut far] = ends();
     // Bytes of the input alone, to a fresh responder.
-    let [_, mut fresh] = CLUSTER.with(|c| c.get_or_init(Cluster::default).handshake(purpose));
+    let [_, mut fresh] = ends();
     let framed = [&(cuts.len() as u16).to_be_bytes(), cuts].concat();
     for bytes in [input, &framed] {
         feed(&mut *fresh, bytes, &[high]);
