@@ -488,8 +488,8 @@ impl Homes {
         let up = self.list.get_mut(relay).and_then(Home::up_mut)?;
         let (flow, tag, datagram) = parse_data(frame)?;
         (up.channel.tag_in.tag(flow, datagram) == tag).then_some(())?;
-        up.used(now);
         up.heard(now);
+        up.used(now);
         Some((flow, datagram))
     }
 

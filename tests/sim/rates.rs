@@ -170,7 +170,8 @@ fn a_path_of_1280_bytes_works_direct_and_relayed() {
             // Each size that does not pass is tried three times, and given up after somewhat more than a round trip.
             let found = |w: &World| view(w, 1, "b").mtu;
             for _ in 0..5 {
-                pour(&mut p.world, near, far, if found(&p.world) < fits - 32 { SEC } else { SEC / 100 });
+                let long = if found(&p.world) < fits - 32 { SEC } else { SEC / 100 };
+                pour(&mut p.world, near, far, long);
             }
             let found = found(&p.world);
             assert!((fits - 32..=fits).contains(&found), "seed {seed} {kind:?}: {found} of {fits}");
