@@ -51,6 +51,8 @@ const OPEN: Duration = Duration::from_secs(10);
 const TRIES: usize = 4;
 /// Bytes of a client that travel right behind an OPEN, before the far end has answered.
 const EARLY: usize = 16 * 1024;
+/// Descriptors that are left to all else: DNS, the tunnel, the API; sessions of UDP give way by themselves.
+const OTHERS: u64 = 128;
 /// Connections that are accepted before the others may run.
 const BATCH: usize = 64;
 /// The pause after an accept that failed for want of memory or descriptors: they come back when
@@ -163,7 +165,7 @@ impl Proxy {
         let shared = Shared {
             own: listener.local_addr()?,
             mark: cfg.mark,
-            most: cfg.max_connections,
+            most: room(cfg.max_connections).min(cfg.max_connections),
             here,
             balancer: RefCell::new(balancer),
             table,
@@ -224,6 +226,18 @@ impl Proxy {
     }
 }
 
+/// How many connections the process has descriptors for, two for each; says so where that is less than is `wanted`.
+fn room(wanted: usize) -> usize {
+    let Ok(limit) = sys::raise_nofile() else { return wanted };
+    let room = usize::try_from(limit.saturating_sub(OTHERS) / 2).unwrap_or(usize::MAX).max(1);
+    if room < wanted {
+        log::warn!(
+            "at most {room} connections at once, not {wanted}: only {limit} open files are allowed (ulimit -Hn)"
+        );
+    }
+    room
+}
+
 /// Accepts what is redirected; returns only when the listener itself is broken.
 async fn accept<'x>(
     listener: &Async<TcpListener>,
@@ -235,7 +249,7 @@ async fn accept<'x>(
     loop {
         listener.readable().await?;
         for _ in 0..BATCH {
-            match listener.get_ref().accept() {
+            match sys::accept(listener.get_ref()) {
                 Ok((client, from)) => match Shared::place(shared) {
                     Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
                     None => shared.full(&client),
@@ -368,7 +382,7 @@ impl Shared {
                 return reset(&client);
             }
         };
-        let mut client = match Async::new(client) {
+        let mut client = match Async::new_nonblocking(client) {
             Ok(client) => client,
             Err(e) => return self.say(|| format!("{e}")),
         };
@@ -511,7 +525,12 @@ impl Shared {
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
         sys::connect(&socket, to)?;
+        // On this machine it is connected as soon as it is asked for.
+        let done = socket.peer_addr().is_ok();
         let socket = Async::new_nonblocking(socket)?;
+        if done {
+            return Ok(socket);
+        }
         let connected = async {
             socket.writable().await?;
             socket.get_ref().take_error()?.map_or(Ok(()), Err)

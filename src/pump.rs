@@ -1,5 +1,5 @@
-//! Two-way copy with half-close: splice(2) between two sockets, peek and write between a socket and a
-//! tunnel stream. An idle connection owns neither buffer nor pipe.
+//! Two-way copy with half-close: splice(2) between two sockets where there is much to move and a copy where there is
+//! little, peek and write between a socket and a tunnel stream. An idle connection owns neither buffer nor pipe.
 
 use crate::{metrics::add, sys};
 use futures_lite::{
@@ -35,7 +35,7 @@ const PIPES: usize = 32;
 const PIPES_IDLE: usize = 8;
 
 /// What a direction without a pipe, or one that comes out of the tunnel, takes at a time: the most that
-/// one connection holds while its reader stalls.
+/// one connection holds while its reader stalls. Where there is less a copy costs half of what a pipe's two calls do.
 const HELD: usize = 8 * 1024;
 
 /// Below the 2 h after which many firewalls forget an established connection (RFC 5382, REQ-5), and far
@@ -156,7 +156,8 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`.
+/// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`; something may
+/// wait in `a` already.
 ///
 /// # Errors
 /// When one of them fails: then both are reset, so that neither takes a cut answer for a whole one.
@@ -168,20 +169,38 @@ pub async fn sockets(
     down: &Cell<u64>,
 ) -> io::Result<()> {
     let unfinished = [Unfinished(&a), Unfinished(&b)];
-    try_zip(one_way(pool, &a, &b, up), one_way(pool, &b, &a, down)).await?;
+    let last = Cell::new(false);
+    let back = async {
+        b.readable().await?;
+        one_way(pool, &b, &a, down, &last).await
+    };
+    try_zip(one_way(pool, &a, &b, up, &last), back).await?;
     unfinished.into_iter().for_each(std::mem::forget);
     Ok(())
 }
 
-async fn one_way(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<()> {
+/// `last`: whether the other direction has ended. Then so does the connection, and its close says what a shutdown would.
+async fn one_way(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+    last: &Cell<bool>,
+) -> io::Result<()> {
+    // As long as it moves much, no copy is tried.
+    let mut much = false;
     loop {
-        let burst = match pool.take() {
+        let (burst, moved) = match if much { pool.take() } else { None } {
             Some(loan) => spliced(loan, from, to, count).await?,
             None => copied(pool, from, to, count).await?,
         };
+        let before = std::mem::replace(&mut much, moved >= HELD);
         match burst {
             Burst::Dry => from.readable().await?,
+            // More than a copy is for: it goes on by a pipe.
+            Burst::Spent if !before => {}
             Burst::Spent => yield_now().await,
+            Burst::End if last.replace(true) => return Ok(()),
             Burst::End => return finish(to.get_ref()),
         }
     }
@@ -192,8 +211,8 @@ async fn spliced(
     from: &Async<TcpStream>,
     to: &Async<TcpStream>,
     count: &Cell<u64>,
-) -> io::Result<Burst> {
-    let Some(pipe) = &loan.pipe else { return Ok(Burst::Spent) };
+) -> io::Result<(Burst, usize)> {
+    let Some(pipe) = &loan.pipe else { return Ok((Burst::Spent, 0)) };
     let mut moved = 0;
     let burst = loop {
         let mut full = match sys::splice(from, &pipe.into, CHUNK) {
@@ -221,20 +240,29 @@ async fn spliced(
         }
     };
     loan.give_back();
-    Ok(burst)
+    Ok((burst, moved))
 }
 
-/// One read into the scratch buffer and its write; only what would not write is kept.
-async fn copied(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<Burst> {
+/// One read into the scratch buffer and its write; only what would not write is kept. Where it did not fill the buffer
+/// there is hardly more: the next look is epoll's.
+async fn copied(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+) -> io::Result<(Burst, usize)> {
     let rest = pool.scratch(|scratch| {
         let n = from.get_ref().read(&mut scratch[..HELD])?;
         write_now(to.get_ref(), &scratch[..n], count).map(|rest| (n, rest.to_vec()))
     });
     match rest {
-        Ok((0, _)) => Ok(Burst::End),
-        Ok((_, rest)) => write_rest(to, &rest, count).await.map(|()| Burst::Spent),
-        Err(e) if would_block(&e) => Ok(Burst::Dry),
-        Err(e) if e.kind() == ErrorKind::Interrupted => Ok(Burst::Spent),
+        Ok((0, _)) => Ok((Burst::End, 0)),
+        Ok((n, rest)) => {
+            write_rest(to, &rest, count).await?;
+            Ok((if n < HELD { Burst::Dry } else { Burst::Spent }, n))
+        }
+        Err(e) if would_block(&e) => Ok((Burst::Dry, 0)),
+        Err(e) if e.kind() == ErrorKind::Interrupted => Ok((Burst::Spent, 0)),
         Err(e) => Err(e),
     }
 }
