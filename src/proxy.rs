@@ -51,8 +51,6 @@ const OPEN: Duration = Duration::from_secs(10);
 const TRIES: usize = 4;
 /// Bytes of a client that travel right behind an OPEN, before the far end has answered.
 const EARLY: usize = 16 * 1024;
-/// Descriptors that are left to all else: DNS, the tunnel, the API; sessions of UDP give way by themselves.
-const OTHERS: u64 = 128;
 /// Connections that are accepted before the others may run.
 const BATCH: usize = 64;
 /// The pause after an accept that failed for want of memory or descriptors: they come back when
@@ -165,7 +163,7 @@ impl Proxy {
         let shared = Shared {
             own: listener.local_addr()?,
             mark: cfg.mark,
-            most: room(cfg.max_connections).min(cfg.max_connections),
+            most: pump::room(cfg.max_connections),
             here,
             balancer: RefCell::new(balancer),
             table,
@@ -224,18 +222,6 @@ impl Proxy {
         };
         executor.run(or(tcp, others)).await
     }
-}
-
-/// How many connections the process has descriptors for, two for each; says so where that is less than is `wanted`.
-fn room(wanted: usize) -> usize {
-    let Ok(limit) = sys::raise_nofile() else { return wanted };
-    let room = usize::try_from(limit.saturating_sub(OTHERS) / 2).unwrap_or(usize::MAX).max(1);
-    if room < wanted {
-        log::warn!(
-            "at most {room} connections at once, not {wanted}: only {limit} open files are allowed (ulimit -Hn)"
-        );
-    }
-    room
 }
 
 /// Accepts what is redirected; returns only when the listener itself is broken.

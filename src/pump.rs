@@ -38,6 +38,9 @@ const PIPES_IDLE: usize = 8;
 /// one connection holds while its reader stalls. Where there is less a copy costs half of what a pipe's two calls do.
 const HELD: usize = 8 * 1024;
 
+/// Descriptors that are left to all else: DNS, the tunnel, the API; sessions of UDP give way by themselves.
+const OTHERS: u64 = 128;
+
 /// Below the 2 h after which many firewalls forget an established connection (RFC 5382, REQ-5), and far
 /// above what a battery would notice.
 const KEEPALIVE: Duration = Duration::from_secs(120);
@@ -52,6 +55,18 @@ const KEEPALIVE_PROBES: u8 = 4;
 pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
     sys::nodelay(socket)?;
     sys::keepalive(socket, KEEPALIVE, KEEPALIVE_EVERY, KEEPALIVE_PROBES)
+}
+
+/// How many connections the process has descriptors for, two for each, and `wanted` at most; says so where they are less.
+pub fn room(wanted: usize) -> usize {
+    let Ok(limit) = sys::raise_nofile().or_else(|_| sys::nofile()) else { return wanted };
+    let room = usize::try_from(limit.saturating_sub(OTHERS) / 2).unwrap_or(usize::MAX).max(1);
+    if room < wanted {
+        log::warn!(
+            "at most {room} connections at once, not {wanted}: only {limit} open files are allowed (ulimit -Hn)"
+        );
+    }
+    room.min(wanted)
 }
 
 #[derive(Debug)]
@@ -139,6 +154,15 @@ fn would_block(e: &io::Error) -> bool {
     e.kind() == ErrorKind::WouldBlock
 }
 
+/// As [`Async::readable`] for one who waits alone, without a place in a list for it: half of what an idle connection is.
+async fn readable(socket: &Async<TcpStream>) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_readable(cx)).await
+}
+
+async fn writable(socket: &Async<TcpStream>) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_writable(cx)).await
+}
+
 /// Closes our direction; a peer that is gone already is no error here, the other direction will tell.
 fn finish(to: &TcpStream) -> io::Result<()> {
     match to.shutdown(Shutdown::Write) {
@@ -171,7 +195,7 @@ pub async fn sockets(
     let unfinished = [Unfinished(&a), Unfinished(&b)];
     let last = Cell::new(false);
     let back = async {
-        b.readable().await?;
+        readable(&b).await?;
         one_way(pool, &b, &a, down, &last).await
     };
     try_zip(one_way(pool, &a, &b, up, &last), back).await?;
@@ -196,7 +220,7 @@ async fn one_way(
         };
         let before = std::mem::replace(&mut much, moved >= HELD);
         match burst {
-            Burst::Dry => from.readable().await?,
+            Burst::Dry => readable(from).await?,
             // More than a copy is for: it goes on by a pipe.
             Burst::Spent if !before => {}
             Burst::Spent => yield_now().await,
@@ -230,7 +254,7 @@ async fn spliced(
                     full -= n;
                     add(count, n as u64);
                 }
-                Err(e) if would_block(&e) => to.writable().await?,
+                Err(e) if would_block(&e) => writable(to).await?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -286,7 +310,7 @@ fn write_now<'b>(mut to: &TcpStream, mut bytes: &'b [u8], count: &Cell<u64>) -> 
 
 async fn write_rest(to: &Async<TcpStream>, mut bytes: &[u8], count: &Cell<u64>) -> io::Result<()> {
     while !bytes.is_empty() {
-        to.writable().await?;
+        writable(to).await?;
         bytes = write_now(to.get_ref(), bytes, count)?;
     }
     Ok(())
@@ -345,7 +369,7 @@ async fn into_stream<S: AsyncWrite + Unpin>(
         match step {
             Burst::Dry => {
                 poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_flush(cx)).await?;
-                from.readable().await?;
+                readable(from).await?;
             }
             Burst::Spent if moved >= BUDGET => {
                 moved = 0;
