@@ -80,6 +80,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Rc<ProxyCounters>,
     pub(crate) clock: Clock,
     pub(crate) pool: Pool,
+    /// Bytes of datagrams that wait for the tunnel.
+    pub(crate) queued: Rc<Cell<usize>>,
     sessions: Cell<usize>,
     leaving: Cell<bool>,
     /// Rings when we are to leave, and when no session is left.
@@ -171,6 +173,7 @@ impl Proxy {
             counters,
             clock,
             pool: Pool::default(),
+            queued: Rc::default(),
             sessions: Cell::new(0),
             leaving: Cell::new(false),
             leave: Bell::default(),

@@ -3,6 +3,7 @@
 
 use super::{
     Open, Refusal,
+    datagrams::Arrived,
     node::{Event, Node},
     open::{OPEN_MAX, answer_needs, decode, decode_answer, encode, encode_answer},
     slot::Slot,
@@ -43,6 +44,7 @@ pub(super) struct Stream {
     head: Vec<u8>,
     refused: Option<Refusal>,
     finished: bool,
+    arrived: Arrived,
 }
 
 /// What a read or write came to.
@@ -82,6 +84,15 @@ impl Streams {
         self.list.get_mut(key as usize)?.as_mut()
     }
 
+    /// Where a stream is that was opened and answered.
+    pub(super) fn live(&self, key: u32) -> Option<(u32, StreamId)> {
+        self.list.get(key as usize)?.as_ref().filter(|s| matches!(s.state, State::Live))?.place
+    }
+
+    pub(super) fn arrived(&mut self, key: u32) -> Option<&mut Arrived> {
+        self.get_mut(key).map(|s| &mut s.arrived)
+    }
+
     fn remove(&mut self, key: u32) -> Option<Stream> {
         let stream = self.list.get_mut(key as usize)?.take()?;
         self.free.push(key);
@@ -102,6 +113,7 @@ impl Node {
             head: encode(open),
             refused: None,
             finished: false,
+            arrived: Arrived::new(),
         })?;
         self.streams.waiting += 1;
         self.want_stream(now, node, key);
@@ -151,6 +163,7 @@ impl Node {
                 head: Vec::new(),
                 refused: None,
                 finished: false,
+                arrived: Arrived::new(),
             };
             match self.streams.insert(stream) {
                 Some(key) => {
