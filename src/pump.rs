@@ -446,12 +446,15 @@ mod tests {
             let ((mut client, a), (b, mut server)) = (pair(), pair());
             let other = pool.clone();
             let relay = ex.spawn(async move { sockets(&other, a, b, &Cell::new(0), &Cell::new(0)).await });
-            client.write_all(b"ping").await.unwrap();
-            server.read_exact(&mut [0; 4]).await.unwrap();
-            while pool.taken.get() > 0 {
-                yield_now().await;
+            let much = [7; 4 * HELD];
+            for (bytes, pipes) in [(&much[..4], 0), (&much[..], 1)] {
+                client.write_all(bytes).await.unwrap();
+                server.read_exact(&mut vec![0; bytes.len()]).await.unwrap();
+                while pool.taken.get() > 0 {
+                    yield_now().await;
+                }
+                assert_eq!(pool.idle.borrow().len(), pipes, "{} bytes", bytes.len());
             }
-            assert_eq!(pool.idle.borrow().len(), 1);
             drop((client, server));
             relay.await.unwrap();
             assert_eq!((pool.taken.get(), pool.idle.borrow().len()), (0, 1));
