@@ -59,7 +59,7 @@ pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
 
 /// How many connections the process has descriptors for, two for each, and `wanted` at most; says so where they are less.
 pub fn room(wanted: usize) -> usize {
-    let Ok(limit) = sys::raise_nofile().or_else(|_| sys::nofile()) else { return wanted };
+    let Ok(limit) = sys::raise_nofile() else { return wanted };
     let room = usize::try_from(limit.saturating_sub(OTHERS) / 2).unwrap_or(usize::MAX).max(1);
     if room < wanted {
         log::warn!(

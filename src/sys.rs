@@ -565,31 +565,18 @@ pub fn receive<'b>(fd: &impl AsFd, buffer: &'b mut [u8], wait: bool) -> io::Resu
     buffer.get(..check_size(result)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-fn nofile_limits() -> io::Result<libc::rlimit> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel fills `limit`.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }).map(|_| limit)
-}
-
-/// How many open files we may have.
-///
-/// # Errors
-/// As getrlimit(2).
-pub fn nofile() -> io::Result<u64> {
-    Ok(nofile_limits()?.rlim_cur)
-}
-
 /// Raises the limit of open files as far as we may, and returns it.
 ///
 /// # Errors
-/// As getrlimit(2) and setrlimit(2).
+/// As getrlimit(2).
 pub fn raise_nofile() -> io::Result<u64> {
-    let mut limit = nofile_limits()?;
-    let most = limit.rlim_max.min(NOFILE_MOST);
-    if limit.rlim_cur < most {
-        limit.rlim_cur = most;
-        // SAFETY: the kernel reads `limit`.
-        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills `limit`.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let raised = libc::rlimit { rlim_cur: limit.rlim_max.min(NOFILE_MOST), ..limit };
+    // SAFETY: the kernel reads `raised`. A refusal, by a filter of system calls, leaves what there is.
+    if limit.rlim_cur < raised.rlim_cur && unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } == 0 {
+        limit = raised;
     }
     Ok(limit.rlim_cur)
 }
