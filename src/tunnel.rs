@@ -202,6 +202,7 @@ impl Driver {
             unix: Arc::new(AtomicU32::new(unix)),
             entropy: None,
             is_relay,
+            has_aes: crate::sys::has_aes(),
         };
         let (socket, v6) = bind(config.listen)?;
         if let Err(error) = crate::sys::set_mark(&socket, mark) {

@@ -95,6 +95,7 @@ impl Runner {
             unix: Arc::new(AtomicU32::new(u32::try_from(unix()).unwrap())),
             entropy: None,
             is_relay: bundle.certificate.roles.contains(Roles::RELAY),
+            has_aes: false,
         };
         let address = |r: &weft::tunnel::identity::BundleRelay| format!("{}:{}", r.at.host, r.at.port).parse().unwrap();
         let specs = bundle.relays.iter().map(|r| RelaySpec {
