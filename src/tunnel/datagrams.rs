@@ -13,7 +13,7 @@ const WAITING_MAX: usize = 32;
 /// In front: the stream's ID.
 const HEADER: usize = 4;
 
-/// What has come for one stream.
+/// What has come beside one stream.
 pub(super) type Arrived = VecDeque<Box<[u8]>>;
 
 impl Node {

@@ -9,6 +9,7 @@ use super::{
     slot::Slot,
     transport::stream_limit,
 };
+use crate::table::model::Protocol;
 use quinn_proto::{Dir, FinishError, ReadError, ReadableError, StreamId, VarInt, WriteError};
 use std::time::Instant;
 
@@ -44,7 +45,8 @@ pub(super) struct Stream {
     head: Vec<u8>,
     refused: Option<Refusal>,
     finished: bool,
-    arrived: Arrived,
+    /// Where it is a session of UDP.
+    arrived: Option<Arrived>,
 }
 
 /// What a read or write came to.
@@ -90,7 +92,7 @@ impl Streams {
     }
 
     pub(super) fn arrived(&mut self, key: u32) -> Option<&mut Arrived> {
-        self.get_mut(key).map(|s| &mut s.arrived)
+        self.get_mut(key)?.arrived.as_mut()
     }
 
     fn remove(&mut self, key: u32) -> Option<Stream> {
@@ -113,7 +115,7 @@ impl Node {
             head: encode(open),
             refused: None,
             finished: false,
-            arrived: Arrived::new(),
+            arrived: beside(open),
         })?;
         self.streams.waiting += 1;
         self.want_stream(now, node, key);
@@ -163,7 +165,7 @@ impl Node {
                 head: Vec::new(),
                 refused: None,
                 finished: false,
-                arrived: Arrived::new(),
+                arrived: None,
             };
             match self.streams.insert(stream) {
                 Some(key) => {
@@ -242,6 +244,7 @@ impl Node {
             (Some(open), Some(peer)) => {
                 if let Some(stream) = self.streams.get_mut(key) {
                     stream.state = State::Live;
+                    stream.arrived = beside(&open);
                 }
                 self.events.push_back(Event::Incoming { key, peer, open });
             }
@@ -424,6 +427,11 @@ impl Node {
             self.events.push_back(Event::Wake(key));
         }
     }
+}
+
+/// Datagrams come beside a session of UDP alone: nobody would take those of another stream.
+fn beside(open: &Open) -> Option<Arrived> {
+    (open.protocol == Protocol::Udp).then(Arrived::new)
 }
 
 fn abandon(slot: &mut Slot, id: StreamId) {

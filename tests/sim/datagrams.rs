@@ -3,14 +3,35 @@
 use crate::{
     line::Line,
     nat::Kind,
-    pair::{Pair, SEC, connect, payload, seeds},
+    pair::{Pair, SEC, payload, seeds},
     world::{End, World},
 };
 use std::time::{Duration, Instant};
-use weft::tunnel::Progress;
+use weft::{
+    table::model::{Protocol, ServiceId},
+    tunnel::{Open, Progress},
+};
 
 const LONG: usize = 64_000;
 const MBIT: u64 = 1_000_000 / 8;
+
+/// A session of a's with b.
+fn session(world: &mut World, protocol: Protocol) -> (End, End) {
+    let service = ServiceId { namespace: "shop".into(), name: "names".into() };
+    let open = Open { service, port: 53, protocol, endpoint: "10.0.0.1:53".parse().unwrap() };
+    world.touch(1);
+    let near = End { host: 1, key: world.hosts[1].node.open(world.now, "b", &open).unwrap() };
+    let mut far = None;
+    assert!(world.run(20 * SEC, |w| {
+        if let Some((key, _, asked)) = w.hosts[2].incoming.pop_front() {
+            assert_eq!(asked, open);
+            w.hosts[2].node.answer(key, &Ok(()));
+            far = Some(End { host: 2, key });
+        }
+        w.answer_of(near).is_some()
+    }));
+    (near, far.unwrap())
+}
 
 /// Sends a numbered datagram of this length; whether it may go beside the stream.
 fn send(world: &mut World, end: End, number: u16, len: usize) -> bool {
@@ -35,8 +56,8 @@ fn datagrams_arrive_whole_both_ways_and_only_at_their_stream() {
     for seed in seeds(4) {
         let mut p = Pair::new(seed, Kind::PortRestricted, Kind::PortRestricted);
         p.world.duplicate = 0.1;
-        let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
-        let (other, silent) = connect(&mut p.world, 20 * SEC).unwrap();
+        let (near, far) = session(&mut p.world, Protocol::Udp);
+        let (other, silent) = session(&mut p.world, Protocol::Udp);
         assert_ne!(near.key, other.key);
         for (from, to) in [(near, far), (far, near)] {
             let mut got = Vec::new();
@@ -52,6 +73,11 @@ fn datagrams_arrive_whole_both_ways_and_only_at_their_stream() {
             assert!(!send(&mut p.world, from, 0, LONG), "that one is for the stream");
         }
         assert_eq!(receive(&mut p.world, silent), []);
+        // Nobody would take what comes beside a connection.
+        let (tcp, far_tcp) = session(&mut p.world, Protocol::Tcp);
+        send(&mut p.world, tcp, 1, 10);
+        p.world.run(SEC, |_| false);
+        assert_eq!(receive(&mut p.world, far_tcp), []);
         // Behind the end of its stream there is nobody.
         let now = p.world.now;
         p.world.hosts[near.host].node.drop_stream(now, near.key);
@@ -64,7 +90,7 @@ fn datagrams_arrive_whole_both_ways_and_only_at_their_stream() {
 #[test]
 fn what_nobody_takes_is_dropped_at_a_bound() {
     let mut p = Pair::new(1, Kind::Public, Kind::Public);
-    let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+    let (near, far) = session(&mut p.world, Protocol::Udp);
     p.world.run(5 * SEC, |_| false);
     for number in 0..1000 {
         send(&mut p.world, near, number, 100);
@@ -92,7 +118,7 @@ fn small_ones_do_not_wait_for_large_ones() {
         p.world.delay = Duration::from_millis(20);
         p.world.jitter = 0.0;
         p.world.line = Some(Line::new(50 * MBIT, SEC / 10, 1500));
-        let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+        let (near, far) = session(&mut p.world, Protocol::Udp);
         p.world.run(5 * SEC, |_| false);
         let round_trip = 2 * p.world.delay;
         let long = payload(LONG);
