@@ -84,6 +84,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Rc<ProxyCounters>,
     pub(crate) clock: Clock,
     pub(crate) pool: Pool,
+    /// Bytes of datagrams that wait for the tunnel.
+    pub(crate) queued: Rc<Cell<usize>>,
     sessions: Cell<usize>,
     leaving: Cell<bool>,
     /// Rings when we are to leave, and when no session is left.
@@ -172,7 +174,7 @@ impl Proxy {
             own: listener.local_addr()?,
             own6: listener6.as_ref().map(TcpListener::local_addr).transpose()?,
             mark: cfg.mark,
-            most: cfg.max_connections,
+            most: pump::room(cfg.max_connections),
             here,
             balancer,
             table,
@@ -180,6 +182,7 @@ impl Proxy {
             counters,
             clock,
             pool: Pool::default(),
+            queued: Rc::default(),
             sessions: Cell::new(0),
             leaving: Cell::new(false),
             leave: Bell::default(),
@@ -257,7 +260,7 @@ async fn accept<'x>(
     loop {
         listener.readable().await?;
         for _ in 0..BATCH {
-            match listener.get_ref().accept() {
+            match sys::accept(listener.get_ref()) {
                 Ok((client, from)) => match Shared::place(shared) {
                     Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
                     None => shared.full(&client),
@@ -394,7 +397,7 @@ impl Shared {
                 return reset(&client);
             }
         };
-        let mut client = match Async::new(client) {
+        let mut client = match Async::new_nonblocking(client) {
             Ok(client) => client,
             Err(e) => return self.say(|| format!("{e}")),
         };
@@ -557,7 +560,12 @@ impl Shared {
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
         sys::connect(&socket, to)?;
+        // On this machine it is connected as soon as it is asked for.
+        let done = socket.peer_addr().is_ok();
         let socket = Async::new_nonblocking(socket)?;
+        if done {
+            return Ok(socket);
+        }
         let connected = async {
             socket.writable().await?;
             socket.get_ref().take_error()?.map_or(Ok(()), Err)
