@@ -105,9 +105,9 @@ struct Hub {
 fn forget_others(config: &KubeConfig, pods: bool, table: &mut Table) {
     let is_followed =
         |namespace: &str| config.namespaces.is_empty() || config.namespaces.iter().any(|n| n == namespace);
-    for scope in [Scope::Services(None), Scope::Slices(None), Scope::Pods(None)] {
+    for scope in [Scope::Services(None), Scope::Slices(None), Scope::Pods(None), Scope::Rules(None)] {
         table.sweep(Source::Api, &scope, |id| match id {
-            ObjectId::Service(id) => is_followed(&id.namespace),
+            ObjectId::Service(id) | ObjectId::Rule(id) => is_followed(&id.namespace),
             ObjectId::Slice(id) => is_followed(&id.namespace),
             ObjectId::Pod(id) => pods && is_followed(&id.namespace),
             ObjectId::Node(_) => true,
@@ -154,12 +154,14 @@ impl Api {
         };
         let mut watchers = Vec::new();
         let pods = setup.pods.then_some(Resource::Pods);
-        for resource in [Resource::Services, Resource::Slices].into_iter().chain(pods) {
+        let mut follow = |resource| {
             if config.namespaces.is_empty() {
                 watchers.push(watch(resource, None));
             }
             watchers.extend(config.namespaces.iter().map(|n| watch(resource, Some(n))));
-        }
+        };
+        [Resource::Services, Resource::Slices].into_iter().chain(pods).for_each(&mut follow);
+        follow(Resource::rules(metaserver));
         watchers.push(watch(Resource::Nodes, None));
         let agent = format!("weft/{} ({}/{})", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
         let hub = Hub {

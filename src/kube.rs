@@ -10,6 +10,7 @@ pub mod json;
 mod known;
 mod loading;
 pub mod resource;
+mod rule;
 mod store;
 pub mod tls;
 pub mod types;

@@ -7,6 +7,7 @@ pub mod packed;
 mod pods;
 mod pool;
 mod reduce;
+pub mod rule;
 pub mod scope;
 pub mod snapshot;
 pub mod statics;
@@ -14,7 +15,7 @@ pub mod statics;
 mod tests;
 
 use index::Index;
-use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServicePort, SliceId, SlicePort, Source};
+use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServiceKind, ServicePort, SliceId, SlicePort, Source};
 use packed::{About, EndpointRef, StoredSlice};
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -88,7 +89,8 @@ pub struct Table {
     /// The nodes whose visible version has the address. Sites behind NATs often share private addresses.
     node_addresses: BTreeMap<IpAddr, Vec<Name>>,
     pods: pods::Pods,
-    /// All versions' vips and external addresses -> slot.
+    rules: rule::Rules,
+    /// All versions' vips, external addresses and node ports -> slot.
     by_vip: Index,
     /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
     by_endpoint: Index,
@@ -169,6 +171,17 @@ impl Table {
             .slots(index::of_address(address))
             .filter_map(|slot| self.records[slot as usize].service())
             .filter(move |s| s.vips.contains(&address) || s.external_ips.contains(&address))
+    }
+
+    /// The Service, and its port, whose NodePort this is. The API gives one to one Service alone; of several the first.
+    #[must_use]
+    pub fn by_node_port(&self, number: u16, protocol: Protocol) -> Option<(&Service, &ServicePort)> {
+        self.by_vip
+            .slots(index::of_node_port(number, protocol))
+            .filter_map(|slot| self.records[slot as usize].service())
+            .filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
+            .filter_map(|s| Some((s, s.ports.iter().find(|p| p.node_port == number && p.protocol == protocol)?)))
+            .min_by_key(|(s, _)| &s.id)
     }
 
     /// Every endpoint of a Service with the slice that names it, from the source that names the Service. An address
@@ -257,6 +270,7 @@ impl Table {
         self.records.iter().map(|r| of(&r.services, source) + of(&r.slices, source)).sum::<usize>()
             + self.nodes.values().map(|n| of(n, source)).sum::<usize>()
             + self.pods.versions().map(|p| of(p, source)).sum::<usize>()
+            + self.rules.versions().map(|r| of(r, source)).sum::<usize>()
     }
 
     /// The port of a slice that a Service's port stands for: joined by name and protocol.

@@ -310,7 +310,7 @@ rows! {
         let mut settled = None;
         run(&format!("api = \"http://{}\"\ntoken_file = \"{}/token\"", server.at, dir.path().display()), |_| {
             let watches = server.asked().iter().filter(|r| r.contains("allowWatchBookmarks") && r.contains("&resourceVersion=10")).count();
-            if watches == 3 && settled.is_none() {
+            if watches == 4 && settled.is_none() {
                 fs::write(dir.path().join("token"), "two").unwrap();
                 settled = Some((Instant::now(), server.asked().len()));
             }
@@ -376,7 +376,7 @@ rows! {
         });
         run(&format!("api = \"http://{}\"", server.at), |w| {
             let all = w.status.list();
-            w.synced() && all[0].synced && all[1].synced && all[2].last_error.as_ref().is_some_and(|e| e.contains("rbac.yaml"))
+            w.synced() && all[0].synced && all[1].synced && all[3].last_error.as_ref().is_some_and(|e| e.contains("rbac.yaml"))
         });
     }
     "S2" s2_synced_when_services_and_slices_are {
@@ -427,7 +427,7 @@ rows! {
 fn namespaces_are_followed_one_by_one() {
     let server = Server::new(None, cluster);
     run(&format!("api = \"http://{}\"\nnamespaces = [\"b\", \"a\"]", server.at), |w| {
-        w.synced() && w.status.list().len() == 5
+        w.synced() && w.status.list().len() == 7
     });
     let asked = server.asked().concat();
     for path in

@@ -29,13 +29,14 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         backend: Backend::Auto,
         interfaces: vec![],
         external_ips: false,
+        node_ports: Vec::new(),
         mark: 0,
         max_connections,
         drain: 0,
     };
     let (table, counters) = (Writer::new(Table::default()), Rc::new(ProxyCounters::default()));
     let here = Here { node: "here".into(), ..Here::default() };
-    let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1));
+    let balancer = Rc::new(std::cell::RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1))));
     let (reader, clock) = (table.reader(), Clock::new(0));
     let proxy =
         Proxy::bind(&cfg, LOOPBACK, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)
