@@ -260,7 +260,7 @@ async fn accept<'x>(
     loop {
         listener.readable().await?;
         for _ in 0..BATCH {
-            match sys::accept(listener.get_ref()) {
+            match pump::accept(listener.get_ref()) {
                 Ok((client, from)) => match Shared::place(shared) {
                     Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
                     None => shared.full(&client),

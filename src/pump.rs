@@ -7,10 +7,11 @@ use futures_lite::{
     future::{poll_fn, try_zip, yield_now},
     io::{AsyncRead, AsyncWrite},
 };
+use rustix::net::{SocketFlags, acceptfrom_with};
 use std::{
     cell::{Cell, RefCell},
     io::{self, ErrorKind, Read, Write},
-    net::{Shutdown, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     pin::Pin,
     task::{Poll, ready},
@@ -54,6 +55,16 @@ pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
     sys::nodelay(socket)?;
     let (idle, every, probes) = KEEPALIVE;
     sys::keepalive(socket, idle, every, probes)
+}
+
+/// A connection of a listener's queue, non-blocking from its first moment.
+///
+/// # Errors
+/// As accept(2).
+pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let (fd, from) = acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    let from = from.and_then(|from| from.try_into().ok()).ok_or(ErrorKind::InvalidData)?;
+    Ok((fd.into(), from))
 }
 
 /// How many connections the process has descriptors for, two for each, and `wanted` at most; says so where they are less.
@@ -429,7 +440,7 @@ mod tests {
     use super::*;
     use crate::reactor::LocalExecutor;
     use futures_lite::{AsyncReadExt, AsyncWriteExt};
-    use std::{net::TcpListener, rc::Rc};
+    use std::rc::Rc;
 
     fn pair() -> (Async<TcpStream>, Async<TcpStream>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

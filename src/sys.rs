@@ -439,17 +439,6 @@ pub fn tcp_socket(to: &SocketAddr) -> io::Result<TcpStream> {
     socket(domain(to), libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).map(Into::into)
 }
 
-/// A connection of a listener's queue, non-blocking from its first moment.
-///
-/// # Errors
-/// As accept(2).
-pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
-    use rustix::net::{SocketFlags, acceptfrom_with};
-    let (fd, from) = acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
-    let from = from.and_then(|from| from.try_into().ok()).ok_or(io::ErrorKind::InvalidData)?;
-    Ok((fd.into(), from))
-}
-
 /// Starts to connect; the socket is writable when that has succeeded or failed.
 ///
 /// # Errors
