@@ -79,7 +79,7 @@ impl Here<'_> {
             };
             let by_iptables = writers.wants_iptables();
             if by_iptables && writers.flavour.is_some() {
-                writers.iptables = Some(smol::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
+                writers.iptables = Some(crate::reactor::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
             }
             self.say(kernel::rules(&writers));
             let closed = nft::closed_ways(dns.listen.ip(), by_iptables).unwrap_or_default();
@@ -116,7 +116,7 @@ impl Here<'_> {
             action,
         };
         let rules = vec![rule(1, rules::Action::Redirect(1)), rule(2, rules::Action::Refuse)];
-        let desired = Desired { address: own, mark: proxy.mark, catch, rules, left_out: 0 };
+        let desired = Desired { address: own, mark: proxy.mark, catch, rules, outside: vec![], left_out: 0 };
         nft::attempt(&desired).map_err(|e| format!("{e:#}"))
     }
 

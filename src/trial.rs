@@ -13,10 +13,10 @@ use crate::{
         http,
     },
     metrics::TunnelCounters,
+    reactor::{LocalExecutor, Timer},
     tunnel::{self, identity::Bundle},
 };
 use futures_lite::future::or;
-use smol::{LocalExecutor, Timer};
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, ErrorKind, Write as _},
@@ -103,7 +103,7 @@ fn questions(config: &Config, access: &Access, name: &str) -> Asked {
                 late(PATIENCE).await;
                 Err("no answer".into())
             };
-            smol::block_on(or(question(&credentials, access, server, config.proxy.mark, path), late))
+            crate::reactor::block_on(or(question(config, &credentials, access, server, path), late))
         };
         // Of each namespace that is followed; the first that is not to be had is what counts.
         let list = |group: &str, resource: &str| {
@@ -131,10 +131,20 @@ fn questions(config: &Config, access: &Access, name: &str) -> Asked {
 }
 
 /// The status of the answer to a GET.
-async fn question(from: &Credentials, access: &Access, server: &Server, mark: u32, path: &str) -> Result<u16, String> {
+async fn question(
+    config: &Config,
+    from: &Credentials,
+    access: &Access,
+    server: &Server,
+    path: &str,
+) -> Result<u16, String> {
     let mut last = "its name has no address".to_owned();
-    for ip in look_up(&server.host).map_err(|e| e.to_string())? {
-        let mut conn = match Conn::open((ip, server.port).into(), mark, from.tls(access, server)?).await {
+    let proxy = config.kube.proxy.as_ref().filter(|_| !server.is_local() && !server.is_metaserver());
+    let (host, port) = proxy.map_or((&server.host, server.port), |p| (&p.host, p.port));
+    for ip in look_up(host).map_err(|e| e.to_string())? {
+        let through = proxy.map(|p| (p, p.request(&server.host, server.port)));
+        let opened = Conn::open((ip, port).into(), config.proxy.mark, through, from.tls(access, server)?);
+        let mut conn = match opened.await {
             Ok(conn) => conn,
             Err(why) => {
                 last = why.words;
@@ -187,7 +197,7 @@ pub(crate) fn relays(config: &Config, bundle: Bundle, port_is_free: bool) -> (Ve
         }
     };
     let executor = LocalExecutor::new();
-    smol::block_on(executor.run(async {
+    crate::reactor::block_on(executor.run(async {
         let task = executor.spawn(driver.run());
         let answered = async {
             while !handle.relays().iter().all(|r| r.registered && r.rtt_ms.is_some()) {

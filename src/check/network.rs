@@ -3,7 +3,7 @@
 use super::line::{Line, fail, ok, warn};
 use crate::{
     admin::view::{Peer, Relay},
-    proxy::cover::Prefix,
+    proxy::cover::Net,
     tunnel::BY_TCP,
 };
 use std::net::Ipv4Addr;
@@ -51,10 +51,10 @@ pub fn bind(name: &str, key: &str, at: &str, trouble: Option<&str>) -> Line {
 
 /// `ways_out`: the interfaces of default routes.
 #[must_use]
-pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Prefix]) -> Line {
-    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains(**vip));
+pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Net]) -> Line {
+    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains((**vip).into()));
     if let Some(vip) = vips.iter().find(inside) {
-        let net = taken.iter().find(|net| net.length() > 1 && net.contains(*vip)).map(ToString::to_string);
+        let net = taken.iter().find(|net| net.length() > 1 && net.contains((*vip).into())).map(ToString::to_string);
         return warn(
             "route",
             &[&vip.to_string(), " of a Service lies in ", &net.unwrap_or_default(), ", a network of this host"],
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn routes() {
         let wan = ["wan".to_owned()];
-        let net = |a: [u8; 4], len| Prefix::new(Ipv4Addr::from(a), len);
+        let net = |a: [u8; 4], len| Net::new(Ipv4Addr::from(a).into(), len);
         let vip = [Ipv4Addr::new(10, 96, 0, 10)];
         assert!(said(&route(&wan, &vip, &[net([192, 168, 1, 0], 24), net([0; 4], 0)])).starts_with("ok out by wan"));
         assert!(
