@@ -9,6 +9,7 @@ use crate::{
     clock::Clock,
     config::Policy,
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
+    reactor::{Async, LocalExecutor, Timer},
     shared::Reader,
     table::{
         Table,
@@ -17,9 +18,9 @@ use crate::{
     tunnel,
 };
 use anyhow::{Context, bail};
+use async_lock::Semaphore;
 use futures_lite::{AsyncReadExt, AsyncWriteExt, future::or};
 use nanoserde::{DeJson, SerJson};
-use smol::{Async, LocalExecutor, Timer, lock::Semaphore};
 use std::{
     cell::RefCell,
     collections::BTreeMap,

@@ -124,6 +124,8 @@ pub struct KubeConfig {
     /// What of them is followed; empty: all.
     pub namespaces: Vec<String>,
     pub server: ServerKind,
+    /// Through which an API that is not on this machine is reached.
+    pub proxy: Option<Proxy>,
     /// Paths, the last component of each may hold `*`.
     pub manifests: Vec<String>,
 }

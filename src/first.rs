@@ -3,12 +3,12 @@
 use crate::{
     proxy::head::{self, HEAD_MAX, Look},
     pump::Pool,
+    reactor::{Async, Timer},
 };
 use futures_lite::{
     AsyncWrite,
     future::{or, poll_fn},
 };
-use smol::{Async, Timer};
 use std::{io::ErrorKind, net::TcpStream, pin::Pin, task::Poll, time::Duration};
 
 /// Bytes of a client that travel right behind an OPEN, before the far end has answered.
@@ -81,7 +81,7 @@ pub(crate) async fn key(pool: &Pool, client: &Async<TcpStream>, name: &str) -> O
 mod tests {
     use super::*;
     use crate::pump;
-    use futures_lite::future::block_on;
+    use crate::reactor::block_on;
     use std::{
         io::{Read, Write},
         net::TcpListener,

@@ -22,6 +22,7 @@ pub use loading::{ENDPOINTS_MAX, OBJECTS_MAX};
 use crate::sorted::Map;
 use crate::{
     clock::Clock,
+    reactor::Timer,
     shared::Writer,
     table::{
         Table,
@@ -30,8 +31,8 @@ use crate::{
 };
 use anyhow::{Context, bail, ensure};
 use files::{Check, Reading};
+use futures_lite::future::yield_now;
 use loading::{IntoTable, Loading, Wanted};
-use smol::{Timer, future::yield_now};
 use std::{
     cell::RefCell,
     fs,

@@ -3,7 +3,9 @@
 use crate::{
     metrics::{add, bump},
     proxy::Shared,
-    pump, sys,
+    pump,
+    reactor::{Async, Timer},
+    sys,
     table::{
         balance::{Ask, NoTarget, Pick, PortId, Target},
         model::ServiceId,
@@ -11,7 +13,6 @@ use crate::{
     },
 };
 use futures_lite::future::or;
-use smol::{Async, Timer};
 use std::{
     cell::Cell,
     io::{self, ErrorKind},

@@ -17,6 +17,7 @@ use crate::{
     lease::{Lease, Moved},
     metrics::{ProxyCounters, bump},
     pump::{self, Pool},
+    reactor::{Async, LocalExecutor, Timer},
     shared::{Bell, Reader},
     sys,
     table::{
@@ -32,7 +33,6 @@ use futures_lite::{
     AsyncWriteExt,
     future::{or, yield_now, zip},
 };
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     fs::File,

@@ -16,12 +16,12 @@ use crate::{
         rules::{self, Catch, DEVICE, Desired, Ports},
         udp,
     },
+    reactor::Timer,
     shared::{Bell, Listener, Reader, Writer},
     table::Table,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use futures_lite::future::or;
-use smol::Timer;
 use std::{
     cell::Cell,
     io,
@@ -171,6 +171,8 @@ struct Known {
     refused: bool,
     /// What chains of others would not let us do.
     ways: Vec<String>,
+    /// External addresses that no Service may have.
+    guarded: Option<String>,
     /// Why UDP's old flows could not be looked at.
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
@@ -343,6 +345,14 @@ impl Rules {
         if desired.left_out > 0 {
             status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
         }
+        let guarded = self.table.read(|t| rules::guarded(t, cfg));
+        if let Some(note) = &guarded {
+            if known.guarded.as_ref() != Some(note) {
+                log::warn!("rules: {note}");
+            }
+            status.notes.push(note.clone());
+        }
+        known.guarded = guarded;
         let now = self.clock.now();
         let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
         let mut writes = match known.writes.take() {
@@ -513,5 +523,5 @@ async fn remove_all() -> Result<Vec<String>> {
 /// # Errors
 /// When something is left behind; the text says what.
 pub fn cleanup() -> Result<Vec<String>> {
-    smol::block_on(remove_all())
+    crate::reactor::block_on(remove_all())
 }

@@ -35,6 +35,7 @@ tables! {
         pub(super) ca_file: Text,
         pub(super) namespaces: Option<Vec<Spanned<String>>>,
         pub(super) server: Text,
+        pub(super) proxy: Text,
         pub(super) manifests: Option<Vec<Spanned<String>>>,
     }
 

@@ -6,10 +6,13 @@ use super::{
     raw::{Number, RawBalancer, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
     read, service,
 };
-use crate::table::balance::{Nearness, OUTLIER, PREFER};
-use crate::tunnel::{
-    Rate, RelayLimits,
-    identity::{network_name, node_name},
+use crate::{
+    carrier::connect::Proxy,
+    table::balance::{Nearness, OUTLIER, PREFER},
+    tunnel::{
+        Rate, RelayLimits,
+        identity::{network_name, node_name},
+    },
 };
 use log::LevelFilter;
 use std::{
@@ -268,20 +271,16 @@ impl Put<'_> {
         let relay = "name@host:port, such as relay-1@relay.example:7843";
         self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())?;
         self.number(&mut c.tcp_fallback, "tunnel.tcp_fallback", raw.tcp_fallback, 0..=65_535)?;
-        self.proxy_of_tunnel(c, raw.proxy)
+        self.way_out(&mut c.proxy, "tunnel.proxy", raw.proxy)
     }
 
-    /// Its password must not be in the error.
-    fn proxy_of_tunnel(&self, c: &mut TunnelConfig, raw: Text) -> Result<(), ConfigError> {
+    /// An HTTP proxy. Its password must not be in the error.
+    pub(super) fn way_out(&self, slot: &mut Option<Proxy>, key: &str, raw: Text) -> Result<(), ConfigError> {
         let Some(raw) = raw else { return Ok(()) };
         let text = raw.get_ref();
         let proxy = if text.is_empty() { Ok(None) } else { text.parse().map(Some) };
-        c.proxy = proxy.map_err(|()| {
-            self.error(
-                &raw,
-                "tunnel.proxy",
-                "expected http://host:port or http://user:password@host:port, with % codes",
-            )
+        *slot = proxy.map_err(|()| {
+            self.error(&raw, key, "expected http://host:port or http://user:password@host:port, with % codes")
         })?;
         Ok(())
     }

@@ -112,8 +112,14 @@ fn usable(address: Ipv4Addr, own: Ipv4Addr) -> bool {
         && !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast())
 }
 
-fn addresses<'s>(service: &'s Service, external: bool, own: Ipv4Addr) -> impl Iterator<Item = Ipv4Addr> + 's {
+fn addresses<'s>(
+    table: &'s Table,
+    service: &'s Service,
+    external: bool,
+    own: Ipv4Addr,
+) -> impl Iterator<Item = Ipv4Addr> + 's {
     let external = if external { &service.external_ips[..] } else { &[] };
+    let external = external.iter().filter(|ip| !table.is_guarded(**ip));
     service.vips.iter().chain(external).filter_map(move |ip| match ip {
         IpAddr::V4(v4) if usable(*v4, own) => Some(*v4),
         IpAddr::V4(_) | IpAddr::V6(_) => None,
@@ -139,7 +145,7 @@ impl Desired {
         if let (Some(service), Some((_, listening))) = (ports.taken(table), ports.dns) {
             let asked = |p: &&ServicePort| p.number == DNS && p.protocol != Protocol::Sctp;
             for port in service.ports.iter().filter(asked) {
-                for ip in addresses(service, false, address) {
+                for ip in addresses(table, service, false, address) {
                     rules.insert((ip.into(), port.number, port.protocol), Action::Redirect(listening));
                 }
             }
@@ -158,7 +164,7 @@ impl Desired {
                         },
                         (Protocol::Sctp, _) => continue,
                     };
-                    for ip in addresses(service, cfg.external_ips, address) {
+                    for ip in addresses(table, service, cfg.external_ips, address) {
                         rules.or_insert_with((ip.into(), port.number, port.protocol), || action);
                     }
                 }
@@ -184,12 +190,26 @@ impl Desired {
     }
 }
 
+/// What is not taken of the Services' external addresses, since it would cut machines off from their API server.
+#[must_use]
+pub fn guarded(table: &Table, cfg: &ProxyConfig) -> Option<String> {
+    let external =
+        proxied(table).filter(|_| cfg.external_ips).flat_map(|s| s.external_ips.iter().map(move |ip| (ip, s)));
+    let mut guarded = external.filter(|(ip, _)| table.is_guarded(**ip));
+    let (ip, Service { id, .. }) = guarded.next()?;
+    let more = guarded.count();
+    Some(format!(
+        "{ip}, an external address of {}/{}, is a node's or the API server's own: it is not taken, nor {more} others",
+        id.namespace, id.name
+    ))
+}
+
 /// The addresses that need a route, and those of the cluster that our routes must keep clear of.
 #[must_use]
 pub fn addresses_of(table: &Table, cfg: &ProxyConfig, own: Ipv4Addr, ports: &Ports) -> (Set<Ipv4Addr>, Vec<Prefix>) {
     let proxied = proxied(table).filter(|_| ports.proxy.is_some());
-    let mut vips: Set<_> = proxied.flat_map(|s| addresses(s, cfg.external_ips, own)).collect();
-    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(s, false, own)));
+    let mut vips: Set<_> = proxied.flat_map(|s| addresses(table, s, cfg.external_ips, own)).collect();
+    vips.extend(ports.taken(table).into_iter().flat_map(|s| addresses(table, s, false, own)));
     let nodes = table.nodes().flat_map(|n| n.addresses.iter().copied());
     let endpoints = table.services().flat_map(|s| table.endpoints(&s.id)).map(|(_, e)| e.address);
     let taken = nodes.chain(endpoints).filter_map(|ip| match ip {
@@ -205,7 +225,9 @@ mod tests {
     use super::*;
     use crate::{
         config::Backend,
-        table::model::{Affinity, Change, Endpoint, Object, ServiceId, ServicePort, Slice, SliceId, SlicePort, Source},
+        table::model::{
+            Affinity, Change, Endpoint, NodeInfo, Object, ServiceId, ServicePort, Slice, SliceId, SlicePort, Source,
+        },
     };
 
     const OWN: Ipv4Addr = Ipv4Addr::new(169, 254, 96, 16);
@@ -223,6 +245,20 @@ mod tests {
         }
     }
 
+    fn endpoint(ready: bool) -> Endpoint {
+        Endpoint {
+            address: "10.1.0.9".parse().unwrap(),
+            hostname: None,
+            node: None,
+            zone: None,
+            pod: None,
+            hints: None,
+            ready,
+            serving: ready,
+            terminating: false,
+        }
+    }
+
     fn add(table: &mut Table, name: &str, vip: &str, protocol: Protocol, ready: bool, edit: impl FnOnce(&mut Service)) {
         let id = ServiceId { namespace: "default".into(), name: name.into() };
         let mut service = Service {
@@ -237,22 +273,11 @@ mod tests {
         };
         edit(&mut service);
         table.apply(Change::Apply(Source::Config, Object::Service(service)));
-        let endpoint = Endpoint {
-            address: "10.1.0.9".parse().unwrap(),
-            hostname: None,
-            node: None,
-            zone: None,
-            pod: None,
-            hints: None,
-            ready,
-            serving: ready,
-            terminating: false,
-        };
         let slice = Slice {
             id: SliceId { namespace: "default".into(), name: name.into() },
             service: name.into(),
             ports: [SlicePort { name: "".into(), number: 8080, protocol }].into(),
-            endpoints: vec![endpoint],
+            endpoints: vec![endpoint(ready)],
         };
         table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
     }
@@ -334,6 +359,35 @@ mod tests {
         assert_eq!(rules(&table, &cfg()).len(), 3);
         let asked = ProxyConfig { external_ips: true, ..cfg() };
         assert_eq!(rules(&table, &asked)[3].0, "203.0.113.7");
+    }
+
+    #[test]
+    fn external_addresses_of_nodes_and_api_servers_are_not_taken() {
+        let asked = ProxyConfig { external_ips: true, ..cfg() };
+        let node = || NodeInfo { name: "n".into(), addresses: vec!["203.0.113.7".parse().unwrap()], zone: None };
+        let guards: [fn(&mut Table, NodeInfo); 3] = [
+            |table, _| assert!(table.guard("203.0.113.7".parse().unwrap())),
+            |table, node| assert!(table.apply(Change::Apply(Source::Config, Object::Node(node)))),
+            |table, _| {
+                add(table, "kubernetes", "10.96.0.9", Protocol::Tcp, true, |s| s.external_ips = [].into());
+                let (id, slice) = (SliceId { namespace: "default".into(), name: "k".into() }, "203.0.113.7");
+                let endpoint = Endpoint { address: slice.parse().unwrap(), ..endpoint(true) };
+                let (service, ports) = ("kubernetes".into(), [].into());
+                let slice = Slice { id, service, ports, endpoints: vec![endpoint] };
+                table.apply(Change::Apply(Source::Config, Object::Slice(slice)));
+            },
+        ];
+        for guard in guards {
+            let mut table = Table::default();
+            add(&mut table, "web", "10.96.0.2", Protocol::Tcp, true, |_| ());
+            assert_eq!(guarded(&table, &asked), None);
+            guard(&mut table, node());
+            assert!(rules(&table, &asked).iter().all(|(ip, ..)| ip != "203.0.113.7"));
+            assert!(!addresses_of(&table, &asked, OWN, &PORTS).0.contains(&"203.0.113.7".parse().unwrap()));
+            let said = guarded(&table, &asked).unwrap();
+            assert!(said.starts_with("203.0.113.7, an external address of default/web, "), "{said}");
+            assert_eq!(guarded(&table, &cfg()), None, "nobody asked for it");
+        }
     }
 
     #[test]
