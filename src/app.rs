@@ -228,7 +228,8 @@ pub(crate) struct Wiring {
     dns_port: Option<u16>,
     pub(crate) tunnel: Writer<Option<tunnel::Handle>>,
     tunnel_at: Option<SocketAddr>,
-    proxy: Option<(u16, Reader<udp::Ports>)>,
+    /// Its port, that of IPv6, and those of UDP.
+    proxy: Option<(u16, Option<u16>, Reader<udp::Ports>)>,
     /// Of all proxies, so that clients stay where they are when another one begins.
     balancer: Rc<RefCell<Balancer>>,
     /// Of the proxy that runs, the last, and of those before it.
@@ -410,7 +411,7 @@ impl Wiring {
         let balancer = Rc::clone(&self.balancer);
         let (table, counters, tunnel) = (self.table.reader(), Rc::clone(&self.counts.proxy), self.tunnel.reader());
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
-        self.proxy = Some((proxy.port(), proxy.udp_ports()));
+        self.proxy = Some((proxy.port(), proxy.port6(), proxy.udp_ports()));
         self.drains.retain(|drain| !drain.is_idle());
         self.drains.push(proxy.drain());
         self.tasks.spawn("proxy", proxy.run());
@@ -445,10 +446,12 @@ impl Wiring {
         let Config { dns, proxy, .. } = &self.config;
         rules::may_stand_in_rules(proxy)?;
         let dns_ports = self.dns_port.map(|port| (dns.listen.port(), port));
-        let (proxy_port, udp) = self.proxy.clone().unzip();
-        let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
-        let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
-        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp };
+        let (port, port6, udp) = match self.proxy.clone() {
+            Some((port, port6, udp)) => (Some(port), port6, udp),
+            None => (None, None, Writer::new(udp::Ports::new()).reader()),
+        };
+        let ports = Ports { proxy: port, proxy6: port6, dns: dns_ports, take_over: dns.take_over.clone() };
+        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp, here: self.here() };
         if let Some(before) = &self.orders {
             before.update(|before| {
                 orders.number = before.number + 1;
@@ -492,7 +495,7 @@ impl Wiring {
             manifests: self.manifests.clone(),
             api: self.api.clone(),
             dns_port: self.dns_port,
-            proxy_port: self.proxy.as_ref().map(|(port, _)| *port),
+            proxy_port: self.proxy.as_ref().map(|(port, ..)| *port),
             rules: self.rules.clone(),
             tunnel: self.tunnel_at.zip(tunnel.clone()),
         };

@@ -14,6 +14,7 @@ pub use error::ConfigError;
 use crate::{
     carrier::connect::Proxy,
     kube::access::Server,
+    proxy::cover::Net,
     table::balance::Nearness,
     tunnel::{RelayLimits, identity::node_name},
 };
@@ -190,6 +191,8 @@ pub struct ProxyConfig {
     /// Interfaces whose clients are caught; empty: all but those of a default route.
     pub interfaces: Vec<String>,
     pub external_ips: bool,
+    /// Networks: NodePorts are served on those of this host's addresses that lie in one of them.
+    pub node_ports: Vec<Net>,
     /// One bit of the packet mark: set on our own sockets.
     pub mark: u32,
     pub max_connections: usize,

@@ -24,8 +24,9 @@ use std::{
     time::Duration,
 };
 
-/// Between looks at how the relays are.
+/// Between looks at how the relays are, and while one of them does not answer.
 const TICK: Duration = Duration::from_millis(500);
+const TICK_MISSING: Duration = Duration::from_millis(100);
 /// For one way: a name, a connection, a proxy's answer and the relay's. RFC 6298: a lost SYN costs 1 s, two cost 3.
 const DIAL: Duration = Duration::from_secs(5);
 
@@ -60,15 +61,17 @@ fn ways(carrier: &Carrier) -> Vec<Way> {
 /// Runs for ever.
 pub(crate) async fn run<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>) {
     let ways = ways(carrier);
+    let mut tick = TICK;
     loop {
-        Timer::after(TICK).await;
-        look(carrier, tasks, &ways);
+        Timer::after(tick).await;
+        tick = if look(carrier, tasks, &ways) { TICK_MISSING } else { TICK };
         yield_now().await;
     }
 }
 
-fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) {
-    let now = carrier.clock.now();
+/// True where streams wait for one that does not answer.
+fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) -> bool {
+    let (now, live, mut hurry) = (carrier.clock.now(), carrier.shared.node().is_live(), false);
     for relay in 0.. {
         let Some(at) = carrier.shared.node().relay_at(relay) else { break };
         let Some(address) = at.address else { continue };
@@ -80,7 +83,15 @@ fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) {
         if let Some(line) = detour.line.borrow().as_ref().filter(|line| line.address != address) {
             line.close(); // its name stands for another address by now
         }
-        let turn = detour.fallback.borrow_mut().turn(now, !at.missing);
+        hurry |= live && at.missing;
+        let before = detour.fallback.borrow().carries();
+        let turn = detour.fallback.borrow_mut().turn(now, !at.missing, live);
+        if !before && detour.fallback.borrow().carries() {
+            log::info!(target: "tunnel", "relay {}: by the connection that is open still", at.name);
+            detour.follow(carrier);
+            carrier.shared.node().relay_way(now, relay, true);
+            carrier.shared.bell.ring();
+        }
         match turn {
             Turn::Rest => {}
             Turn::Dial(way) => {
@@ -99,6 +110,7 @@ fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) {
         }
         detour.follow(carrier);
     }
+    hurry
 }
 
 /// As the tunnel's socket writes it.
@@ -191,10 +203,14 @@ async fn go(carrier: &Rc<Carrier>, detour: Rc<Detour>, spec: Spec) {
             return;
         }
     };
-    log::info!(target: "tunnel", "relay {name} does not answer by UDP: by {shown} now");
     detour.said.borrow_mut().clear();
     let line = Line::new(*address, sealer, now);
     detour.fallback.borrow_mut().opened(now);
+    if detour.fallback.borrow().carries() {
+        log::info!(target: "tunnel", "relay {name} does not answer by UDP: by {shown} now");
+    } else {
+        line.show();
+    }
     *detour.line.borrow_mut() = Some(Rc::clone(&line));
     let carrying = carrier.carry(line, stream, opener);
     let begin = async {

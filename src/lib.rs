@@ -56,6 +56,8 @@
 //! `connect` begins connections, of others only as far as `admit` finds them worth public-key work; `windows` gives
 //! each what its path needs out of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
+//! A session of UDP is a stream: `datagrams` that fit into one packet go beside it, larger ones in it.
+//!
 //! A node registers at every relay of its list and tells each where it is to be found. Two of them carry its data:
 //! the nearest, and one that stands by, through which there is a flow to each live peer beside the first. A relay
 //! that says nothing for a second after a question is avoided; its registration is asked after until it answers, or
@@ -85,6 +87,7 @@ mod credentials;
 pub mod detour;
 pub mod disk;
 pub mod dns;
+mod ears;
 pub mod encoding;
 pub mod exec;
 mod first;

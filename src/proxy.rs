@@ -62,6 +62,8 @@ const QUIET: Duration = Duration::from_secs(1);
 /// The TCP proxy; see the module.
 pub struct Proxy {
     listener: Async<TcpListener>,
+    /// None where the kernel has no IPv6.
+    listener6: Option<Async<TcpListener>>,
     shared: Rc<Shared>,
     executor: Rc<LocalExecutor<'static>>,
     udp: Rc<Udp>,
@@ -69,7 +71,9 @@ pub struct Proxy {
 
 /// What all sessions share.
 pub(crate) struct Shared {
+    /// Where we listen; of IPv6 where the kernel has it.
     pub(crate) own: SocketAddr,
+    pub(crate) own6: Option<SocketAddr>,
     mark: u32,
     /// Connections and peers' streams at one time; beyond it a new one is refused at once.
     most: usize,
@@ -80,6 +84,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Rc<ProxyCounters>,
     pub(crate) clock: Clock,
     pub(crate) pool: Pool,
+    /// Bytes of datagrams that wait for the tunnel.
+    pub(crate) queued: Rc<Cell<usize>>,
     sessions: Cell<usize>,
     leaving: Cell<bool>,
     /// Rings when we are to leave, and when no session is left.
@@ -160,10 +166,15 @@ impl Proxy {
         let listener = sys::tcp_listener(&wanted).with_context(|| format!("cannot listen on {listen}"))?;
         // Inherited by what is accepted.
         pump::prepare(&listener)?;
+        let listener6 = sys::tcp_listener(&SocketAddr::new(rules::ADDRESS6.into(), 0))
+            .and_then(|listener6| pump::prepare(&listener6).map(|()| listener6))
+            .map_err(|e| log::info!("Services have no IPv6 here: {e}"))
+            .ok();
         let shared = Shared {
             own: listener.local_addr()?,
+            own6: listener6.as_ref().map(TcpListener::local_addr).transpose()?,
             mark: cfg.mark,
-            most: cfg.max_connections,
+            most: pump::room(cfg.max_connections),
             here,
             balancer,
             table,
@@ -171,6 +182,7 @@ impl Proxy {
             counters,
             clock,
             pool: Pool::default(),
+            queued: Rc::default(),
             sessions: Cell::new(0),
             leaving: Cell::new(false),
             leave: Bell::default(),
@@ -179,7 +191,8 @@ impl Proxy {
         };
         let (shared, executor) = (Rc::new(shared), Rc::new(LocalExecutor::new()));
         let udp = Udp::new(Rc::clone(&shared), Rc::downgrade(&executor));
-        Ok(Self { listener: Async::new_nonblocking(listener)?, shared, executor, udp })
+        let listener6 = listener6.map(Async::new_nonblocking).transpose()?;
+        Ok(Self { listener: Async::new_nonblocking(listener)?, listener6, shared, executor, udp })
     }
 
     /// Where the rules send datagrams of UDP Services to.
@@ -194,6 +207,12 @@ impl Proxy {
         self.shared.own.port()
     }
 
+    /// The same for IPv6; None: the kernel has none.
+    #[must_use]
+    pub fn port6(&self) -> Option<u16> {
+        self.shared.own6.map(|own| own.port())
+    }
+
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain(Rc::clone(&self.shared))
@@ -204,15 +223,21 @@ impl Proxy {
     /// # Errors
     /// When the event loop no longer knows the listener.
     pub async fn run(self) -> Result<()> {
-        let Self { listener, shared, executor, udp } = self;
+        let Self { listener, listener6, shared, executor, udp } = self;
         let drain = Drain(Rc::clone(&shared));
         let tcp = async {
             let begun = async {
                 drain.begun().await;
                 Ok(())
             };
-            or(accept(&listener, &shared, &executor), begun).await.context("listener")?;
-            drop(listener);
+            let sixth = async {
+                match &listener6 {
+                    Some(listener) => accept(listener, &shared, &executor).await,
+                    None => std::future::pending().await,
+                }
+            };
+            or(or(accept(&listener, &shared, &executor), sixth), begun).await.context("listener")?;
+            drop((listener, listener6));
             drain.idle().await;
             Ok(())
         };
@@ -235,7 +260,7 @@ async fn accept<'x>(
     loop {
         listener.readable().await?;
         for _ in 0..BATCH {
-            match listener.get_ref().accept() {
+            match sys::accept(listener.get_ref()) {
                 Ok((client, from)) => match Shared::place(shared) {
                     Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
                     None => shared.full(&client),
@@ -344,6 +369,10 @@ impl Shared {
         })
     }
 
+    fn is_own(&self, ip: IpAddr) -> bool {
+        ip == self.own.ip() || ip == rules::ADDRESS6
+    }
+
     fn full(&self, client: &TcpStream) {
         bump(&self.counters.refused_full);
         reset(client);
@@ -362,13 +391,13 @@ impl Shared {
     async fn client(&self, client: TcpStream, from: IpAddr) {
         bump(&self.counters.accepted);
         let destination = match sys::original_dst(&client) {
-            Ok(to) if to.ip() != self.own.ip() => to,
+            Ok(to) if !self.is_own(to.ip()) => to,
             Ok(_) | Err(_) => {
                 bump(&self.counters.refused_surface);
                 return reset(&client);
             }
         };
-        let mut client = match Async::new(client) {
+        let mut client = match Async::new_nonblocking(client) {
             Ok(client) => client,
             Err(e) => return self.say(|| format!("{e}")),
         };
@@ -501,7 +530,7 @@ impl Shared {
 
     /// Puts our mark on a socket, so that the rules leave it alone.
     fn prepare(&self, socket: &impl AsFd, to: &SocketAddr) -> io::Result<()> {
-        if to.ip() == self.own.ip() {
+        if self.is_own(to.ip()) {
             return Err(io::Error::other("this is our own address"));
         }
         if let Err(e) = sys::set_mark(socket, self.mark) {
@@ -531,7 +560,12 @@ impl Shared {
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
         sys::connect(&socket, to)?;
+        // On this machine it is connected as soon as it is asked for.
+        let done = socket.peer_addr().is_ok();
         let socket = Async::new_nonblocking(socket)?;
+        if done {
+            return Ok(socket);
+        }
         let connected = async {
             socket.writable().await?;
             socket.get_ref().take_error()?.map_or(Ok(()), Err)

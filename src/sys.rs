@@ -439,6 +439,17 @@ pub fn tcp_socket(to: &SocketAddr) -> io::Result<TcpStream> {
     socket(domain(to), libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).map(Into::into)
 }
 
+/// A connection of a listener's queue, non-blocking from its first moment.
+///
+/// # Errors
+/// As accept(2).
+pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    use rustix::net::{SocketFlags, acceptfrom_with};
+    let (fd, from) = acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    let from = from.and_then(|from| from.try_into().ok()).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((fd.into(), from))
+}
+
 /// Starts to connect; the socket is writable when that has succeeded or failed.
 ///
 /// # Errors
@@ -557,16 +568,15 @@ pub fn receive<'b>(fd: &impl AsFd, buffer: &'b mut [u8], wait: bool) -> io::Resu
 /// Raises the limit of open files as far as we may, and returns it.
 ///
 /// # Errors
-/// As getrlimit(2) and setrlimit(2).
+/// As getrlimit(2).
 pub fn raise_nofile() -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills `limit`.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
-    let most = limit.rlim_max.min(NOFILE_MOST);
-    if limit.rlim_cur < most {
-        limit.rlim_cur = most;
-        // SAFETY: the kernel reads `limit`.
-        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    let raised = libc::rlimit { rlim_cur: limit.rlim_max.min(NOFILE_MOST), ..limit };
+    // SAFETY: the kernel reads `raised`. A refusal, by a filter of system calls, leaves what there is.
+    if limit.rlim_cur < raised.rlim_cur && unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } == 0 {
+        limit = raised;
     }
     Ok(limit.rlim_cur)
 }

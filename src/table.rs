@@ -15,7 +15,7 @@ pub mod statics;
 mod tests;
 
 use index::Index;
-use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServicePort, SliceId, SlicePort, Source};
+use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServiceKind, ServicePort, SliceId, SlicePort, Source};
 use packed::{About, EndpointRef, StoredSlice};
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -90,7 +90,7 @@ pub struct Table {
     node_addresses: BTreeMap<IpAddr, Vec<Name>>,
     pods: pods::Pods,
     rules: rule::Rules,
-    /// All versions' vips and external addresses -> slot.
+    /// All versions' vips, external addresses and node ports -> slot.
     by_vip: Index,
     /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
     by_endpoint: Index,
@@ -171,6 +171,17 @@ impl Table {
             .slots(index::of_address(address))
             .filter_map(|slot| self.records[slot as usize].service())
             .filter(move |s| s.vips.contains(&address) || s.external_ips.contains(&address))
+    }
+
+    /// The Service, and its port, whose NodePort this is. The API gives one to one Service alone; of several the first.
+    #[must_use]
+    pub fn by_node_port(&self, number: u16, protocol: Protocol) -> Option<(&Service, &ServicePort)> {
+        self.by_vip
+            .slots(index::of_node_port(number, protocol))
+            .filter_map(|slot| self.records[slot as usize].service())
+            .filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
+            .filter_map(|s| Some((s, s.ports.iter().find(|p| p.node_port == number && p.protocol == protocol)?)))
+            .min_by_key(|(s, _)| &s.id)
     }
 
     /// Every endpoint of a Service with the slice that names it, from the source that names the Service. An address

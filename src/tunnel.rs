@@ -8,6 +8,7 @@ mod cid;
 mod congestion;
 mod connect;
 mod control;
+mod datagrams;
 mod dial;
 mod disco;
 mod drive;

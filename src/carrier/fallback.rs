@@ -6,12 +6,18 @@ use std::time::{Duration, Instant};
 /// UDP has so long to bring an answer: the first Initial and the next, 1 s later (RFC 9002 section 6.2.2), with a round
 /// trip of a second; or, for a relay that has answered, what follows a PING in vain.
 const PATIENCE: Duration = Duration::from_millis(2500);
+/// The same while streams wait for it: three PINGs in vain were half a second already, and what is opened too soon is
+/// only kept ready.
+const HURRY: Duration = Duration::from_millis(300);
 /// Without an answer by TCP for so long the connection is given up.
 const DEAD: Duration = Duration::from_secs(8);
-/// Between two questions whether UDP passes again.
+/// Between two questions whether UDP passes again, more and more seldom: who changed over soon may have been wrong.
+const PROBE_FIRST: Duration = Duration::from_secs(2);
 const PROBE: Duration = Duration::from_secs(30);
 /// For so long what the relay still sends by TCP is taken, after the return to UDP.
 const LINGER: Duration = Duration::from_secs(5);
+/// For so long a connection that was not needed once it stood is there for the next silence.
+const READY: Duration = Duration::from_secs(30);
 const RETRY_FIRST: Duration = Duration::from_secs(2);
 const RETRY_MOST: Duration = Duration::from_secs(60);
 
@@ -35,6 +41,7 @@ enum Mode {
     Dialing,
     Tcp {
         probe: Instant,
+        gap: Duration,
     },
     /// By UDP; the connection is open still.
     Leaving {
@@ -69,12 +76,18 @@ impl Fallback {
         matches!(self.mode, Mode::Tcp { .. })
     }
 
-    /// To be called now and then, about twice a second; `usable`: the relay answers.
-    pub fn turn(&mut self, now: Instant, usable: bool) -> Turn {
+    fn by_tcp(now: Instant) -> Mode {
+        Mode::Tcp { probe: now + PROBE_FIRST, gap: PROBE_FIRST }
+    }
+
+    /// To be called now and then, about twice a second, and more often while it is not `usable`: the relay does not
+    /// answer. `live`: streams wait for it.
+    pub fn turn(&mut self, now: Instant, usable: bool, live: bool) -> Turn {
+        let patience = if live { HURRY } else { PATIENCE };
         self.silent = if usable { None } else { Some(self.silent.unwrap_or(now)) };
         let silent = self.silent.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         match self.mode {
-            Mode::Udp { retry } if silent >= PATIENCE && now >= retry => {
+            Mode::Udp { retry } if silent >= patience && now >= retry => {
                 self.mode = Mode::Dialing;
                 Turn::Dial(self.way)
             }
@@ -83,13 +96,14 @@ impl Fallback {
                 self.next_way();
                 Turn::Leave
             }
-            Mode::Tcp { probe } if now >= probe => {
-                self.mode = Mode::Tcp { probe: now + PROBE };
+            Mode::Tcp { probe, gap } if now >= probe => {
+                let gap = (gap * 2).min(PROBE);
+                self.mode = Mode::Tcp { probe: now + gap, gap };
                 Turn::Probe
             }
-            // UDP has brought one answer and no more.
-            Mode::Leaving { .. } if silent >= PATIENCE => {
-                self.mode = Mode::Tcp { probe: now + PROBE };
+            // UDP has brought one answer and no more, or is dead again.
+            Mode::Leaving { .. } if silent >= patience => {
+                self.mode = Self::by_tcp(now);
                 self.silent = None;
                 Turn::Rest
             }
@@ -109,7 +123,7 @@ impl Fallback {
     /// The connection stands.
     pub fn opened(&mut self, now: Instant) {
         let in_vain = self.silent.is_none();
-        self.mode = if in_vain { Mode::Leaving { until: now } } else { Mode::Tcp { probe: now + PROBE } };
+        self.mode = if in_vain { Mode::Leaving { until: now + READY } } else { Self::by_tcp(now) };
         (self.silent, self.failed) = (None, 0);
         self.backoff.reset();
     }
@@ -140,7 +154,7 @@ impl Fallback {
     pub fn moved(&mut self, now: Instant) {
         self.backoff.reset();
         match &mut self.mode {
-            Mode::Udp { retry: at } | Mode::Tcp { probe: at } => *at = now,
+            Mode::Udp { retry: at } | Mode::Tcp { probe: at, .. } => *at = now,
             Mode::Dialing | Mode::Leaving { .. } => {}
         }
     }
@@ -157,12 +171,13 @@ mod tests {
         now: Instant,
         start: Instant,
         rng: fastrand::Rng,
+        live: bool,
     }
 
     impl Net {
         fn new(ways: usize) -> Self {
             let now = Instant::now();
-            Self { fallback: Fallback::new(ways, now), now, start: now, rng: fastrand::Rng::with_seed(1) }
+            Self { fallback: Fallback::new(ways, now), now, start: now, rng: fastrand::Rng::with_seed(1), live: false }
         }
 
         fn by_tcp(&mut self) {
@@ -176,7 +191,7 @@ mod tests {
             let mut all = Vec::new();
             for _ in 0..seconds * 2 {
                 let usable = usable(&self.fallback);
-                match self.fallback.turn(self.now, usable) {
+                match self.fallback.turn(self.now, usable, self.live) {
                     Turn::Rest => {}
                     turn => all.push(((self.now - self.start).as_secs_f32(), turn)),
                 }
@@ -196,11 +211,11 @@ mod tests {
         assert!(!net.fallback.carries());
         net.fallback.opened(net.now);
         assert!(net.fallback.carries());
-        // Then UDP is asked after each half minute, or at once where a link has changed.
-        let probes = net.run(65, Fallback::carries);
-        assert_eq!(probes, [(103.0, Turn::Probe), (133.0, Turn::Probe)]);
+        // Then UDP is asked, at last each half minute, or at once where a link has changed.
+        let probes = net.run(95, Fallback::carries);
+        assert_eq!(probes, [75.0, 79.0, 87.0, 103.0, 133.0, 163.0].map(|at| (at, Turn::Probe)));
         net.fallback.moved(net.now);
-        assert_eq!(net.run(1, |_| true), [(138.0, Turn::Probe)]);
+        assert_eq!(net.run(1, |_| true), [(168.0, Turn::Probe)]);
     }
 
     #[test]
@@ -210,10 +225,29 @@ mod tests {
         assert!(net.fallback.answered_by_udp(net.now) && !net.fallback.carries());
         assert!(!net.fallback.answered_by_udp(net.now), "no news");
         assert_eq!(net.run(9, |_| true), [(9.0, Turn::Leave)]);
-        net.by_tcp();
-        net.fallback.answered_by_udp(net.now);
-        assert_eq!(net.run(4, |_| false), []);
-        assert!(net.fallback.carries(), "the connection is open still");
+        for live in [false, true] {
+            net.by_tcp();
+            net.fallback.answered_by_udp(net.now);
+            net.live = live;
+            assert_eq!(net.run(if live { 1 } else { 3 }, |_| false), []);
+            assert!(net.fallback.carries(), "the connection is open still");
+            (net.live, _) = (false, net.fallback.answered_by_udp(net.now));
+            net.run(6, |_| true);
+        }
+    }
+
+    #[test]
+    fn who_has_streams_does_not_wait() {
+        let mut net = Net::new(1);
+        net.live = true;
+        assert_eq!(net.run(2, |_| false), [(0.5, Turn::Dial(0))]);
+        // It answers after all: the connection is kept for a while, and taken at the next silence.
+        net.run(1, |_| true);
+        net.fallback.opened(net.now);
+        assert!(!net.fallback.carries());
+        assert_eq!(net.run(20, |_| true), []);
+        assert_eq!(net.run(1, |_| false), []);
+        assert!(net.fallback.carries());
     }
 
     #[test]
@@ -247,6 +281,7 @@ mod tests {
         let mut net = Net::new(2);
         net.by_tcp();
         let said = net.run(20, |_| false);
+        let said: Vec<_> = said.into_iter().filter(|(_, turn)| *turn != Turn::Probe).collect();
         assert_eq!(said, [(12.0, Turn::Leave), (12.5, Turn::Dial(1))]);
     }
 
@@ -257,6 +292,6 @@ mod tests {
         net.run(1, |_| true);
         net.fallback.opened(net.now);
         assert!(!net.fallback.carries());
-        assert_eq!(net.run(2, |_| true), [(5.0, Turn::Leave)]);
+        assert_eq!(net.run(40, |_| true), [(35.0, Turn::Leave)]);
     }
 }

@@ -63,6 +63,7 @@ tables! {
         pub(super) backend: Text,
         pub(super) interfaces: Option<Vec<Spanned<String>>>,
         pub(super) external_ips: Option<bool>,
+        pub(super) node_ports: Option<Vec<Spanned<String>>>,
         pub(super) mark: Number,
         pub(super) max_connections: Number,
         pub(super) drain: Number,

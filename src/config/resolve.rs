@@ -30,6 +30,9 @@ const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFI
 /// github.com/fwmark/registry, and each project's own default.
 const MARK: u32 = 1 << 5;
 
+/// Private networks (RFC 1918, RFC 4193): a NodePort is not open to the internet unless that is asked for.
+const NODE_PORTS: [&str; 4] = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"];
+
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
 /// Seconds: service managers kill what takes longer.
@@ -64,6 +67,7 @@ impl Default for Config {
                 backend: Backend::Auto,
                 interfaces: Vec::new(),
                 external_ips: false,
+                node_ports: NODE_PORTS.into_iter().filter_map(|net| net.parse().ok()).collect(),
                 mark: MARK,
                 max_connections: 4_096,
                 drain: 5,
@@ -250,6 +254,8 @@ impl Put<'_> {
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
         self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
+        let net = "a network such as 192.168.0.0/16, or an address";
+        self.list(&mut c.node_ports, "proxy.node_ports", raw.node_ports, net, |s| s.parse().ok())?;
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
         })?;

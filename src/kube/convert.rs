@@ -194,16 +194,18 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
         external_ips: external_ips.into(),
         ports: ports.into(),
         affinity: affinity(&spec)?,
-        local_only: match spec.internal_policy.as_deref() {
-            None | Some("" | "Cluster") => false,
-            Some("Local") => true,
-            Some(other) => {
-                let why = format!("{} is not Cluster or Local", quote(other));
-                return Err(Bad::new("spec.internalTrafficPolicy", why));
-            }
-        },
+        local_only: is_local("spec.internalTrafficPolicy", spec.internal_policy.as_deref())?,
+        external_local: is_local("spec.externalTrafficPolicy", spec.external_policy.as_deref())?,
         not_proxied: labels.proxy_name.is_some() || labels.edgemesh_proxy.is_some() || labels.headless.is_some(),
     })
+}
+
+fn is_local(field: &str, policy: Option<&str>) -> Result<bool, Bad> {
+    match policy {
+        None | Some("" | "Cluster") => Ok(false),
+        Some("Local") => Ok(true),
+        Some(other) => Err(Bad::new(field, format!("{} is not Cluster or Local", quote(other)))),
+    }
 }
 
 fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(ServiceKind, Addresses), Bad> {

@@ -24,6 +24,7 @@ pub const KEEP: &[&str] = &[
     "exportTo",
     "externalIPs",
     "externalName",
+    "externalTrafficPolicy",
     "forNodes",
     "forZones",
     "hints",
@@ -179,6 +180,8 @@ pub struct ServiceSpec {
     pub affinity_config: Option<AffinityConfig>,
     #[nserde(rename = "internalTrafficPolicy")]
     pub internal_policy: Option<String>,
+    #[nserde(rename = "externalTrafficPolicy")]
+    pub external_policy: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]

@@ -173,9 +173,12 @@ impl Table {
         })
     }
 
-    /// External addresses may be shared by Services with different ports.
+    /// External addresses may be shared by Services with different ports; what is no Service's is a node's.
     fn asked(&self, ask: &Ask<'_>) -> Option<(&Service, &ServicePort)> {
         let address = ask.destination.ip();
+        if self.by_vip(address).is_none() {
+            return self.by_node_port(ask.destination.port(), ask.protocol);
+        }
         self.all_by_vip(address)
             .filter(|s| !s.not_proxied)
             .filter_map(|s| {
@@ -194,8 +197,11 @@ impl Table {
         prefer: &[Nearness],
     ) -> Vec<Candidate<'t>> {
         let zone = self.own_zone(here);
-        // internalTrafficPolicy is about the virtual addresses only.
-        let local_only = service.local_only && service.vips.contains(&ask.destination.ip());
+        // internalTrafficPolicy is about the virtual addresses, the external one about the others, and about who asks
+        // from elsewhere: this host is its own client at an address of its own.
+        let to = ask.destination.ip();
+        let external = || service.external_local && ask.client != to;
+        let local_only = if service.vips.contains(&to) { service.local_only } else { external() };
         let distance = |endpoint: EndpointRef<'_>, place| {
             let near = |nearness: &Nearness| match nearness {
                 Nearness::Node => place == Place::Here,

@@ -108,6 +108,8 @@ pub struct Service {
     pub affinity: Affinity,
     /// internalTrafficPolicy: Local.
     pub local_only: bool,
+    /// externalTrafficPolicy: Local.
+    pub external_local: bool,
     /// Carries a label that gives it to another proxy (`service.kubernetes.io/service-proxy-name`, …/headless).
     pub not_proxied: bool,
 }

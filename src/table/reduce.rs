@@ -62,7 +62,7 @@ impl Table {
         }
         self.service_ports.share(&mut service.ports);
         let slot = self.slot_for(&service.id);
-        let addresses: Vec<_> = service.vips.iter().chain(&*service.external_ips).copied().collect();
+        let keys: Vec<_> = keys(&service).collect();
         let namespace = service.id.namespace.clone();
         let versions = &mut self.records[slot as usize].services;
         let was_named = !versions.is_empty();
@@ -73,8 +73,8 @@ impl Table {
         if !was_named && let Some(namespace) = self.namespaces.get_mut(&namespace) {
             namespace.services += 1;
         }
-        for address in addresses {
-            self.by_vip.add(index::of_address(address), slot);
+        for key in keys {
+            self.by_vip.add(key, slot);
         }
         if let Put::Replaced(old, _) = &put {
             self.unindex_vips(slot, old);
@@ -314,10 +314,17 @@ impl Table {
     }
 
     fn unindex_vips(&mut self, slot: u32, service: &Service) {
-        for address in service.vips.iter().chain(&*service.external_ips) {
-            self.by_vip.remove(index::of_address(*address), slot);
+        for key in keys(service) {
+            self.by_vip.remove(key, slot);
         }
     }
+}
+
+/// All that a Service is looked for by.
+fn keys(service: &Service) -> impl Iterator<Item = u32> + '_ {
+    let node_ports = service.ports.iter().filter(|p| p.node_port > 0);
+    let addresses = service.vips.iter().chain(&*service.external_ips).map(|ip| index::of_address(*ip));
+    addresses.chain(node_ports.map(|p| index::of_node_port(p.node_port, p.protocol)))
 }
 
 fn slice_key(source: Source, id: &SliceId) -> u32 {

@@ -96,6 +96,7 @@ mod tests {
             ports: [].into(),
             affinity: crate::table::model::Affinity::None,
             local_only: false,
+            external_local: false,
             not_proxied: false,
         })
     }

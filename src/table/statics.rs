@@ -34,6 +34,7 @@ fn service(of: &StaticService) -> Service {
             .sticky
             .map_or(Affinity::None, |seconds| Affinity::ClientIp { timeout: Duration::from_secs(seconds.into()) }),
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }

@@ -96,6 +96,7 @@ impl Node {
             Action::Registered(relay) => self.registered(now, relay),
             Action::Tried(_) => {}
             Action::Suspect(relay) => self.avoid(now, |path| on(path, relay)),
+            Action::Back(relay) => self.prod_all(now, relay),
             Action::Lost(relay) => {
                 self.peers.unbind_relay(relay);
                 self.avoid(now, |path| on(path, relay));
@@ -112,6 +113,18 @@ impl Node {
                 self.avoid(now, |path| path == Path::Relay { relay, flow });
             }
             Action::Known(certificate) => self.relay_renewed(now, &certificate),
+        }
+    }
+
+    /// What goes by this relay, or would if it had to, may have waited long, and each probe for twice as long.
+    fn prod_all(&mut self, now: Instant, relay: usize) {
+        let by = |p: &&Peer| p.paths.relay().is_some_and(|path| on(path, relay)) && p.paths.is_doubtful();
+        let names: Vec<String> = self.peers.iter().filter(by).map(|p| p.name.clone()).collect();
+        for index in names.iter().flat_map(|name| self.slots_of(name)).collect::<Vec<_>>() {
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.prod(now);
+                self.touch(index);
+            }
         }
     }
 

@@ -4,6 +4,10 @@
 //! stays while flow control holds it back, and then allows two bandwidth-delay products, which quinn's pacer sends at
 //! 2.5 times the rate of the line. Over 20 Mbit/s, 300 ms and a queue of 100 ms a fifth to a third of all packets were
 //! lost, and 7 to 15 Mbit/s were left. So a window of [`Bounded`] is no larger than what the path was seen to deliver.
+//!
+//! quinn never forgets the shortest round trip of a path, nor does its BBR: over one that was 1 ms long and is 40 ms now
+//! it kept 4 packets under way, 2 of 100 Mbit/s. So [`Bounded`] looks at the round trips of the last seconds itself, and
+//! says when these are those of another path.
 
 use crate::config::Congestion;
 use quinn_proto::{
@@ -19,6 +23,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// For half as long as BBR believes a shortest round trip (10 s, its draft's section 4.1.1.3).
+const SPELL: Duration = Duration::from_secs(5);
+/// Beyond twice the shortest round trip: queues of others, and radio, come to as much.
+const SLOWER: Duration = Duration::from_millis(10);
 /// As Chromium does: 32 packets. quinn's own 200 are 0.4 s of 5 Mbit/s, which a small buffer loses.
 const BBR_FIRST: u64 = 32 * 1200;
 /// Round trips for which a delivery rate counts, as in BBR's own filter.
@@ -29,20 +37,26 @@ const ROUNDS_FULL: u8 = 3;
 /// acknowledgements that come in bunches.
 const BUNCH: Duration = Duration::from_millis(25);
 
-/// Whether a connection's path is a link of ours; read whenever quinn begins congestion control anew.
-pub(super) type OnLink = Arc<AtomicBool>;
+/// What a connection's slot and its congestion control tell each other.
+#[derive(Default)]
+pub(super) struct Hints {
+    /// The path is a link of ours; read whenever quinn begins congestion control anew.
+    pub(super) on_link: AtomicBool,
+    /// No round trip is as short any more as quinn believes: all that it knows of the path is of before.
+    pub(super) slower: AtomicBool,
+}
 
 /// Loss on a link is congestion, and Cubic shares it with its like; on long paths and radio it is mostly not, and there
 /// BBR is worth a factor of 27 at 1 % loss.
 pub(super) struct Control {
     pub(super) choice: Congestion,
-    pub(super) on_link: OnLink,
+    pub(super) hints: Arc<Hints>,
 }
 
 impl ControllerFactory for Control {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
         let cubic = match self.choice {
-            Congestion::Auto => self.on_link.load(Ordering::Relaxed),
+            Congestion::Auto => self.hints.on_link.load(Ordering::Relaxed),
             Congestion::Bbr => false,
             Congestion::Cubic => true,
         };
@@ -51,7 +65,8 @@ impl ControllerFactory for Control {
         }
         let mut config = BbrConfig::default();
         config.initial_window(BBR_FIRST);
-        Box::new(Bounded::new(Arc::new(config).build(now, mtu)))
+        self.hints.slower.store(false, Ordering::Relaxed);
+        Box::new(Bounded::new(Arc::new(config).build(now, mtu), Arc::clone(&self.hints)))
     }
 }
 
@@ -74,10 +89,38 @@ struct Bounded {
     /// The rate that a quarter more is asked of, and for how many rounds it was not found.
     known: u64,
     rounds: u8,
+    spells: Spells,
+    hints: Arc<Hints>,
+}
+
+/// The shortest round trips of this spell and of the last one.
+#[derive(Clone, Copy, Default)]
+struct Spells {
+    since: Option<Instant>,
+    now: Option<Duration>,
+    last: Option<Duration>,
+}
+
+impl Spells {
+    /// A packet was acknowledged after so long. Gives the shortest of the last spells, once in a spell.
+    fn take(&mut self, now: Instant, rtt: Duration) -> Option<Duration> {
+        let since = *self.since.get_or_insert(now);
+        if now >= since + SPELL * 2 {
+            *self = Self { since: Some(now), now: Some(rtt), last: None }; // of before a rest
+            return None;
+        }
+        self.now = Some(self.now.map_or(rtt, |least| least.min(rtt)));
+        if now < since + SPELL {
+            return None;
+        }
+        let least = self.last.zip(self.now).map(|(last, now)| last.min(now));
+        (self.since, self.last, self.now) = (Some(now), self.now, None);
+        least
+    }
 }
 
 impl Bounded {
-    fn new(inner: Box<dyn Controller>) -> Self {
+    fn new(inner: Box<dyn Controller>, hints: Arc<Hints>) -> Self {
         Self {
             inner,
             rates: [0; ROUNDS],
@@ -89,6 +132,8 @@ impl Bounded {
             rtt: Duration::ZERO,
             known: 0,
             rounds: 0,
+            spells: Spells::default(),
+            hints,
         }
     }
 
@@ -127,6 +172,12 @@ impl Controller for Bounded {
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
         self.acked += bytes;
         self.rtt = rtt.min();
+        // Of a lone packet the acknowledgement is late.
+        let took = now.saturating_duration_since(sent);
+        let spell = if app_limited { None } else { self.spells.take(now, took) };
+        if spell.is_some_and(|least| least > self.rtt * 2 + SLOWER) {
+            self.hints.slower.store(true, Ordering::Relaxed);
+        }
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
@@ -163,7 +214,7 @@ impl Controller for Bounded {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self { inner: self.inner.clone_box(), ..*self })
+        Box::new(Self { inner: self.inner.clone_box(), hints: Arc::clone(&self.hints), ..*self })
     }
 
     fn initial_window(&self) -> u64 {
@@ -187,7 +238,8 @@ mod tests {
             (Congestion::Bbr, true, false),
             (Congestion::Cubic, false, true),
         ] {
-            let control = Arc::new(Control { choice, on_link: Arc::new(on_link.into()) });
+            let hints = Arc::new(Hints { on_link: on_link.into(), ..Hints::default() });
+            let control = Arc::new(Control { choice, hints });
             let built = control.build(Instant::now(), 1200);
             assert_eq!(built.clone_box().into_any().is::<Cubic>(), cubic, "{choice:?} {on_link}");
             assert_eq!(built.into_any().is::<Bounded>(), !cubic);
@@ -196,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_window_is_what_was_delivered_in_a_round_trip_and_a_quarter() {
-        let mut b = Bounded::new(Arc::new(BbrConfig::default()).build(Instant::now(), 1200));
+        let mut b = Bounded::new(Arc::new(BbrConfig::default()).build(Instant::now(), 1200), Arc::default());
         let loose = b.window();
         b.rtt = Duration::from_millis(100);
         for (round, bytes) in [50_000, 100_000, 100_000, 100_000].into_iter().enumerate() {
@@ -217,5 +269,20 @@ mod tests {
             b.round(b.rtt, false);
         }
         assert_eq!((b.rate(), b.window()), (200_000, BBR_FIRST), "what was found once does not last");
+    }
+
+    #[test]
+    fn two_spells_without_a_short_round_trip_tell_another_path() {
+        let (mut spells, start, ms) = (Spells::default(), Instant::now(), Duration::from_millis);
+        let mut told = Vec::new();
+        for at in (0..36_000).step_by(100) {
+            // Queues make it slower; one packet of 24 s is as fast as ever.
+            let rtt = if at < 7000 || at == 24_000 { 1 } else { 40 + at % 300 };
+            told.extend(spells.take(start + ms(at), ms(rtt)).map(|least| (at / 1000, least)));
+        }
+        assert_eq!(told, [(10, 1), (15, 1), (20, 40), (25, 1), (30, 1), (35, 40)].map(|(at, least)| (at, ms(least))));
+        // After a rest there is nothing to compare.
+        let after = [90_000, 96_000, 101_000].map(|at| spells.take(start + ms(at), ms(50)));
+        assert_eq!(after, [None, None, Some(ms(50))]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     admit,
-    congestion::OnLink,
+    congestion::Hints,
     gate,
     node::{Node, Origin},
     noise::Dial,
@@ -97,11 +97,11 @@ impl Node {
         self.working_since = Some(now);
         self.transport.serve(index);
         let mut reply = Vec::new();
-        let (windows, on_link) = self.terms(now, origin.path());
-        let config = self.transport.accepting(&windows, &on_link);
+        let (windows, hints) = self.terms(now, origin.path());
+        let config = self.transport.accepting(&windows, &hints);
         match self.endpoint.accept(incoming, now, &mut reply, Some(config)) {
             Ok(made) => {
-                let (role, path, terms) = (Role::Accepted, origin.path(), (windows, on_link));
+                let (role, path, terms) = (Role::Accepted, origin.path(), (windows, hints));
                 self.insert_slot(now, index, Begin { made, remote, role, path, first_dcid: dcid, terms });
             }
             Err(error) => {
@@ -151,12 +151,12 @@ impl Node {
     pub(super) fn connect_slot(&mut self, now: Instant, dial: Dial, role: Role, path: Path) -> Result<u32, String> {
         let index = self.slots.vacant().ok_or("too many connections")?;
         self.transport.serve(index);
-        let (windows, on_link) = self.terms(now, path);
-        let config = self.transport.client(dial, &windows, &on_link).ok_or_else(|| "the bundle has no psk".to_owned());
+        let (windows, hints) = self.terms(now, path);
+        let config = self.transport.client(dial, &windows, &hints).ok_or_else(|| "the bundle has no psk".to_owned());
         let remote = virtual_address(index);
         match config.and_then(|c| self.endpoint.connect(now, c, remote, "weft").map_err(|e| e.to_string())) {
             Ok(made) => {
-                let terms = (windows, on_link);
+                let terms = (windows, hints);
                 self.insert_slot(now, index, Begin { made, remote, role, path, first_dcid: Vec::new(), terms });
                 Ok(index)
             }
@@ -176,8 +176,9 @@ impl Node {
     }
 
     /// What a new connection begins with.
-    fn terms(&mut self, now: Instant, path: Path) -> (Windows, OnLink) {
-        (Windows::open(now, &mut self.budget), Arc::new(self.on_link(path).into()))
+    fn terms(&mut self, now: Instant, path: Path) -> (Windows, Arc<Hints>) {
+        let hints = Hints { on_link: self.on_link(path).into(), ..Hints::default() };
+        (Windows::open(now, &mut self.budget), Arc::new(hints))
     }
 }
 

@@ -213,20 +213,21 @@ impl Node {
     }
 
     /// The peer has dialled, which it does not while it has a connection: those that it dialled before are of before
-    /// its restart, or it has given them up. Of a client's first moments no stateless reset would ever tell us.
+    /// its restart, or it has given them up, and so are ours that it had when it dialled. Of a client's first moments no
+    /// stateless reset would ever tell us, and what has been silent for a while may not ask again for a minute.
     fn outdate(&mut self, now: Instant, name: &str, born: Instant) {
-        let accepted = |s: &Slot| s.role == Role::Accepted && s.born < born;
+        let known = |s: &Slot| s.role == Role::Accepted && s.born < born || s.born + SIMULTANEOUS < born;
         let mut old = self.slots_of(name);
-        old.retain(|at| self.slots.get(*at).is_some_and(accepted));
+        old.retain(|at| self.slots.get(*at).is_some_and(known));
         old.into_iter().for_each(|at| self.close(now, at, "the peer has dialled anew"));
-        self.ask_all(name);
+        self.ask_all(now, name);
     }
 
     /// It was restarted. What we have with it may have fallen silent long ago, and its next probe be far off.
-    fn ask_all(&mut self, name: &str) {
+    fn ask_all(&mut self, now: Instant, name: &str) {
         for at in self.slots_of(name) {
             if let Some(slot) = self.slots.get_mut(at) {
-                slot.conn.ping();
+                slot.demand(now);
                 self.touch(at);
             }
         }
@@ -276,7 +277,7 @@ impl Node {
         let name = slot.peer.clone().filter(|_| matches!(reason, ConnectionError::Reset));
         self.lose(now, index, &why);
         if let Some(name) = name {
-            self.ask_all(&name);
+            self.ask_all(now, &name);
         }
     }
 

@@ -82,8 +82,9 @@ impl Node {
     /// The connection's windows follow what its path needs.
     fn measure(&mut self, now: Instant, index: u32) {
         let Some(slot) = self.slots.get_mut(index).filter(|s| s.peer.is_some() && s.windows.due(now)) else { return };
+        let slowed = slot.slowed(now);
         let rtt = slot.conn.rtt();
-        if rtt != RTT_FIRST {
+        if !slowed && rtt != RTT_FIRST {
             let blocks = slot.conn.stats().frame_rx.data_blocked;
             let change = slot.windows.measure(now, rtt, blocks, slot.streams.len(), &mut self.budget);
             self.resize(index, change);

@@ -92,6 +92,8 @@ pub(super) enum Action {
     Tried(SocketAddr),
     /// It is silent, or about to leave: data takes other ways where there are any.
     Suspect(usize),
+    /// It answers again, maybe to another address of ours.
+    Back(usize),
     /// No registration any more: paths through it are dead.
     Lost(usize),
     /// The first relay is another one now.
@@ -432,6 +434,15 @@ impl Homes {
         up.fold((false, None), |(late, last), (is_late, heard)| (late || is_late, last.max(heard)))
     }
 
+    /// A peer is silent: is it the peer, or our link?
+    pub(super) fn doubt(&mut self, now: Instant) {
+        for relay in [self.first, self.standby].into_iter().flatten() {
+            if let Some(up) = self.list.get_mut(relay).and_then(Home::up_mut) {
+                up.doubt(now);
+            }
+        }
+    }
+
     /// Those that have answered until now are asked whether they still do.
     pub(super) fn hurry(&mut self, now: Instant) {
         self.all_up().for_each(|(up, _)| up.hurry(now));
@@ -477,8 +488,8 @@ impl Homes {
         let up = self.list.get_mut(relay).and_then(Home::up_mut)?;
         let (flow, tag, datagram) = parse_data(frame)?;
         (up.channel.tag_in.tag(flow, datagram) == tag).then_some(())?;
-        up.used(now);
         up.heard(now);
+        up.used(now);
         Some((flow, datagram))
     }
 

@@ -368,8 +368,12 @@ impl Node {
     fn sweep(&mut self, now: Instant) {
         for (_, slot) in self.slots.iter_mut() {
             if !slot.streams.is_empty() && now >= slot.next_keepalive {
-                slot.next_keepalive = now + KEEPALIVE;
-                slot.conn.ping();
+                // Where the peer has just asked, our ACK has kept all alive.
+                let asked = slot.alive + SWEEP > now;
+                slot.next_keepalive = if asked { slot.alive } else { now } + KEEPALIVE;
+                if !asked {
+                    slot.conn.ping();
+                }
             }
         }
         let idle = |s: &Slot| s.streams.is_empty() && s.peer.is_some() && now >= s.idle_since + IDLE_CLOSE;
@@ -427,8 +431,8 @@ impl Node {
             QuicEvent::Stream(StreamEvent::Available { dir: Dir::Bi }) => self.open_waiting(index),
             QuicEvent::Stream(StreamEvent::Available { dir: Dir::Uni })
             | QuicEvent::HandshakeDataReady
-            | QuicEvent::DatagramReceived
             | QuicEvent::DatagramsUnblocked => {}
+            QuicEvent::DatagramReceived => self.datagrams_arrived(index),
         }
     }
 

@@ -220,6 +220,21 @@ impl crypto::ServerConfig for Respond {
     }
 }
 
+pub use quinn_proto::crypto::Session as Handshake;
+
+/// Both ends of a handshake, for those who hand over its messages themselves: tests, and fuzzing. None where a key is none.
+#[must_use]
+pub fn ends(near: Local, far: Local, name: &str, purpose: Purpose) -> Option<[Box<dyn Handshake>; 2]> {
+    use quinn_proto::crypto::{ClientConfig, ServerConfig};
+    /// initial_max_data, and the initial_source_connection_id that each side must name.
+    const PARAMETERS: &[u8] = &[4, 4, 0x80, 0x10, 0, 0, 15, 4, 1, 2, 3, 4];
+    let parameters = |side| TransportParameters::read(side, &mut &PARAMETERS[..]).ok();
+    let version = version(near.psks.first()?.0);
+    let dial = Dial { peer: far.public, local: Arc::new(near), name: name.into(), purpose };
+    let client = Arc::new(dial).start_session(version, name, &parameters(Side::Server)?).ok()?;
+    Some([client, Arc::new(Respond(Arc::new(far))).start_session(version, &parameters(Side::Client)?)])
+}
+
 fn retry_mac(responder: &[u8; KEY_LEN], psk: &Key, original: &ConnectionId, parts: &[&[u8]]) -> [u8; 16] {
     let key = super::keys::extract(responder, &[&psk.0, original], b"weft retry");
     let mut out = [0; 16];

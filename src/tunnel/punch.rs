@@ -180,6 +180,16 @@ impl Paths {
         self.current.take()
     }
 
+    /// The data takes the relay's way, or that as well.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.suspect || self.current.is_none_or(Path::is_relay)
+    }
+
+    /// What was sent directly had no answer at all for a while.
+    pub(super) fn is_silent(&self, now: Instant) -> bool {
+        self.silent_since.is_some_and(|at| now >= at + NUDGE)
+    }
+
     /// The way that the data takes now, where it takes no relay's.
     fn direct(&self) -> Option<Way> {
         match self.current {
@@ -266,6 +276,9 @@ impl Paths {
     pub(super) fn came_from(&mut self, now: Instant, from: Way, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
         if self.current == Some(Path::Direct(from)) {
             self.alive(out);
+            // What is answered keeps both NATs open.
+            let busy = self.busy.is_some_and(|at| now < at + BUSY);
+            self.next_ping = self.next_ping.map(|at| if busy { at } else { at.max(now + KEEPALIVE) });
             return;
         }
         self.candidates.learn(from, self.direct());

@@ -1,12 +1,12 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::OnLink, node::KEEPALIVE, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
+use super::{congestion::Hints, node::KEEPALIVE, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
 use crate::sorted::Map;
 use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
     collections::{BTreeSet, VecDeque},
     net::{Ipv6Addr, SocketAddr},
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -20,8 +20,9 @@ pub(super) const LIVE_MAX: usize = 256;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
-/// Of a connection without a sign of life for so long, probes come as seldom.
-const SILENCE: Duration = Duration::from_secs(2);
+/// Of a connection without a sign of life for so long, or for some round trips, probes come as seldom.
+const SILENCE: Duration = Duration::from_secs(1);
+const SILENCE_RTTS: u32 = 6;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -85,12 +86,12 @@ pub(super) struct Slot {
     /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
     pub(super) recent: VecDeque<Vec<u8>>,
     pub(super) windows: Windows,
-    pub(super) on_link: OnLink,
+    pub(super) hints: Arc<Hints>,
 }
 
 impl Slot {
     pub(super) fn new(now: Instant, begin: Begin) -> Self {
-        let Begin { made: (handle, conn), remote, role, path, first_dcid, terms: (windows, on_link) } = begin;
+        let Begin { made: (handle, conn), remote, role, path, first_dcid, terms: (windows, hints) } = begin;
         Self {
             unguarded: role == Role::Accepted,
             handle,
@@ -115,7 +116,7 @@ impl Slot {
             also: None,
             recent: VecDeque::new(),
             windows,
-            on_link,
+            hints,
         }
     }
 
@@ -128,7 +129,7 @@ impl Slot {
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.stranded || now >= self.alive + IDLE {
             // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
-            let late = now >= self.alive + SILENCE;
+            let late = now >= self.alive + SILENCE.max(self.conn.rtt() * SILENCE_RTTS);
             self.cut_off |= late && self.conn.poll_timeout().is_some_and(|at| at <= now);
             self.conn.handle_timeout(now);
         }
@@ -165,10 +166,20 @@ impl Slot {
     /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
-        self.on_link.store(on_link, Ordering::Relaxed);
+        self.hints.on_link.store(on_link, Ordering::Relaxed);
         self.windows.path_changed();
         self.conn.path_changed(now);
         self.prod(now);
+    }
+
+    /// True once where the path was found to be slower than all that quinn knows of it: what it knows is forgotten.
+    pub(super) fn slowed(&mut self, now: Instant) -> bool {
+        let slowed = self.hints.slower.swap(false, Ordering::Relaxed);
+        if slowed {
+            self.windows.path_changed();
+            self.conn.path_changed(now);
+        }
+        slowed
     }
 
     /// On another path: says to the other end where we are.
@@ -180,6 +191,16 @@ impl Slot {
         if std::mem::take(&mut self.stranded) {
             self.conn.handle_timeout(now); // its timers stood still: a probe is due
         }
+    }
+
+    /// Is anybody there? What fills the window keeps back a PING, but not the probe for a larger MTU that a path begins
+    /// with.
+    pub(super) fn demand(&mut self, now: Instant) {
+        if now >= self.alive + PULSE || self.conn.poll_timeout().is_none_or(|at| at > now + PULSE) {
+            self.windows.path_changed();
+            self.conn.path_changed(now);
+        }
+        self.conn.ping();
     }
 
     /// After an outage the connection tries at once. By itself quinn would wait: what was sent into the void fills its
@@ -212,7 +233,7 @@ pub(super) struct Begin {
     pub(super) path: Path,
     /// Of the Initial that we accept.
     pub(super) first_dcid: Vec<u8>,
-    pub(super) terms: (Windows, OnLink),
+    pub(super) terms: (Windows, Arc<Hints>),
 }
 
 /// A small slab: indices are stable and start behind [`STRANGER`].

@@ -137,6 +137,10 @@ impl Node {
                 if self.behind_nat(to) {
                     self.reach.ports.sent(now, to.remote);
                 }
+                if self.peers.get(name).is_some_and(|p| p.paths.is_silent(now)) {
+                    self.homes.doubt(now);
+                    self.due = Some(now);
+                }
                 let preference = self.uplinks.preference(to) as u8;
                 self.send_disco(now, name, Path::Direct(to), &Message::Ping { txid, preference });
             }

@@ -13,7 +13,7 @@ use weft::{
         Key, RelaySpec,
         identity::{Authority, Certificate, KeyPair, Request, Roles, Secret},
         node::{Node, NodeConfig},
-        noise::Local,
+        noise::{self, Handshake, Local, Purpose},
     },
 };
 
@@ -58,9 +58,8 @@ impl Default for Cluster {
 }
 
 impl Cluster {
-    fn build(&self, (pair, certificate): &(KeyPair, Certificate), relays: Vec<RelaySpec>) -> Node {
-        let mut rng = fastrand::Rng::with_seed(5);
-        let local = Local {
+    fn local(&self, (pair, certificate): &(KeyPair, Certificate), has_aes: bool, rng: &mut fastrand::Rng) -> Local {
+        Local {
             secret: Key(*pair.private.expose()),
             public: pair.public,
             certificate: certificate.encode(),
@@ -69,8 +68,21 @@ impl Cluster {
             unix: Arc::new(AtomicU32::new(NOW)),
             entropy: Some(Mutex::new(rng.fork())),
             is_relay: certificate.roles.contains(Roles::RELAY),
-            has_aes: false,
-        };
+            has_aes,
+        }
+    }
+
+    /// A node's end and the relay's.
+    #[allow(dead_code)] // of one target alone
+    pub fn handshake(&self, purpose: Purpose, aes: [bool; 2]) -> [Box<dyn Handshake>; 2] {
+        let mut rng = fastrand::Rng::with_seed(6);
+        let (near, far) = (self.local(&self.node, aes[0], &mut rng), self.local(&self.relay, aes[1], &mut rng));
+        noise::ends(near, far, &self.relay.1.name, purpose).unwrap()
+    }
+
+    fn build(&self, identity: &(KeyPair, Certificate), relays: Vec<RelaySpec>) -> Node {
+        let mut rng = fastrand::Rng::with_seed(5);
+        let (local, certificate) = (self.local(identity, false, &mut rng), &identity.1);
         let config = NodeConfig {
             local,
             name: certificate.name.clone(),

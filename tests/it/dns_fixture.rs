@@ -113,6 +113,7 @@ pub(crate) fn service(s: &Json) -> Service {
         ports: ports.collect(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }

@@ -59,6 +59,7 @@ pub(crate) fn table() -> Table {
         ports: [ServicePort { name: "http".into(), number: 80, protocol: Protocol::Tcp, node_port: 0 }].into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     };
     let endpoint = |i: u8| Endpoint {

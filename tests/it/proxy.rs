@@ -29,6 +29,7 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         backend: Backend::Auto,
         interfaces: vec![],
         external_ips: false,
+        node_ports: Vec::new(),
         mark: 0,
         max_connections,
         drain: 0,

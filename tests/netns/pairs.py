@@ -11,14 +11,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from natlab import DOUBLE, KINDS, LabError, behaviour, wait_for
+from natlab import DOUBLE, KINDS, LabError, behaviour, kernel, wait_for
 from natlab.servers import BLOCK, Service, pattern
 from natlab.weft import PORT, READY, Agent, Authority, service
 from report import expect
 
 # The short form shows each thing; the full one gives distributions. CI has the short one.
 SHORT = os.environ.get("WEFT_MATRIX", "short" if os.environ.get("CI") == "true" else "full") == "short"
-ALL = [k for k in KINDS if k != "udp-blocked"] + [DOUBLE]
+BLOCKED = "udp-blocked"
+ALL = [k for k in KINDS if k != BLOCKED] + [DOUBLE]
 RELAY_SHARE = 0.05
 FLOW_PORT, VIP_PORT = 7000, 80
 
@@ -32,6 +33,9 @@ def direct_possible(a, b):
     """The oracle: both know the other's mapping towards a relay and answer the source that they see. A packet gets in
     where its sender's mapping is the one that was told, or where the filter does not ask for the port; and where the
     port that a sender will have can be foretold, because it comes next, by one whose own is sure."""
+    if BLOCKED in (a, b):
+        return False
+
     def passes(sender, receiver):
         return nat_of(sender)[0] == "EI" or nat_of(receiver)[1] != "APD"
 
@@ -226,6 +230,32 @@ class Net:
         return " | ".join(f"{e.name} ({e.kind}): {e.agent.tail(lines)}" for e in ends)
 
 
+def by_tcp(agent, relays=1):
+    """Whether it says that it talks to so many relays by TCP."""
+    status = agent.tell("status") or {}
+    return sum(r["registered"] and "by TCP" in r["note"] for r in status.get("relays", [])) == relays
+
+
+class Meter:
+    """Bytes of TCP and of UDP that a relay has got from and given to a site's router."""
+
+    def __init__(self, host, **remotes):
+        self.host, rules, counters = host, {"i": [], "o": []}, ""
+        for label, address in remotes.items():
+            for proto in ("tcp", "udp"):
+                for way, field in (("i", "saddr"), ("o", "daddr")):
+                    name = f"{proto}_{way}_{label}"
+                    counters += f" counter {name} {{ }}\n"
+                    rules[way].append(f"ip {field} {address} meta l4proto {proto} counter name {name}")
+        kernel.nft(host.ns, "table ip both\ndelete table ip both\ntable ip both {\n" + counters
+                   + " chain i { type filter hook prerouting priority raw;\n" + "\n".join(rules["i"]) + "\n }\n"
+                   + " chain o { type filter hook postrouting priority srcnat + 90;\n" + "\n".join(rules["o"]) + "\n }\n}\n")
+
+    def read(self):
+        found = kernel.nft_json(self.host.ns, "list", "counters", "table", "ip", "both")
+        return {c["counter"]["name"]: c["counter"]["bytes"] for c in found if "counter" in c}
+
+
 class Tally:
     """Bytes of UDP since it was made: by the relays, and from NAT to NAT."""
 
@@ -335,5 +365,5 @@ def percentile(ordered, p):
     return ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)]
 
 
-__all__ = ["ALL", "Flow", "LabError", "Net", "RELAY_SHARE", "SHORT", "Sink", "Tally", "direct_possible", "download", "each", "expect",
-           "percentile", "pour", "spread", "until_direct", "upload", "wait_for", "words"]
+__all__ = ["ALL", "BLOCKED", "Flow", "LabError", "Meter", "Net", "RELAY_SHARE", "SHORT", "Sink", "Tally", "by_tcp", "direct_possible",
+           "download", "each", "expect", "percentile", "pour", "spread", "until_direct", "upload", "wait_for", "words"]

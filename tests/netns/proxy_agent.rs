@@ -44,6 +44,7 @@ fn put(table: &mut Table, line: &str) {
         ports: [ServicePort { name: "".into(), number: words[2].parse().unwrap(), protocol, node_port: 0 }].into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     };
     table.apply(Change::Apply(Source::Config, Object::Service(service)));
@@ -109,6 +110,7 @@ fn main() {
             },
             interfaces: vec![],
             external_ips: false,
+            node_ports: Vec::new(),
             mark: 0x4000_0000,
             max_connections: 2_000,
             drain: 0,
@@ -129,7 +131,7 @@ fn main() {
             ..Ports::default()
         };
         println!("port {}", proxy.port());
-        let orders = Writer::new(Orders { number: 1, cfg, ports, udp: proxy.udp_ports() });
+        let orders = Writer::new(Orders { number: 1, cfg, ports, udp: proxy.udp_ports(), here: Here::default() });
         let rules = Rules::new(orders.reader(), listen, table.reader(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());
         ex.spawn(proxy.run()).detach();

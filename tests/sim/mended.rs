@@ -241,3 +241,38 @@ fn a_direct_path_that_nobody_kept_open_is_not_relied_on() {
         }
     }
 }
+
+#[test]
+fn a_restart_right_after_an_outage_ends_all_streams_of_before() {
+    for seed in seeds(10) {
+        for soon in [true, false] {
+            let mut stage = Stage::new(seed, 1);
+            let (a, b) = (stage.add(Kind::PortRestricted, None), stage.add(Kind::PortRestricted, None));
+            let mut traffic = Traffic::default();
+            traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+            // Both dial, and streams go on in both connections.
+            for (from, to) in [(a, b), (b, a)] {
+                traffic.open(&mut stage.world, &stage.names, from, to, 80_000);
+            }
+            traffic.run(&mut stage.world, SEC * if soon { 2 } else { 8 }, |_, _| false);
+            assert!(traffic.flows.iter().all(|f| f.state == State::Live), "seed {seed}, {soon}");
+            traffic.flush(&mut stage.world);
+            stage.apply(&Fault::Cut(a));
+            traffic.run(&mut stage.world, 4 * SEC, |_, _| false);
+            stage.apply(&Fault::Mend(a));
+            // Its probes are seconds apart by now; what comes first is the new connection.
+            let back = stage.world.hosts[b].count.rx_datagrams.get();
+            traffic.run(&mut stage.world, SEC, |_, w| w.hosts[b].count.rx_datagrams.get() > back + 2);
+            stage.apply(&Fault::Crash { host: a, remembers: true });
+            traffic.crashed(a);
+            assert!(reaches(&mut stage, &mut traffic, a, b, 10), "seed {seed}, {soon}");
+            let over = |t: &mut Traffic, _: &mut _| t.flows[..2].iter().all(|f| matches!(f.state, State::Broken(_)));
+            assert!(
+                traffic.run(&mut stage.world, 10 * SEC, over),
+                "seed {seed}, {soon}: {} and {}",
+                traffic.flows[0],
+                traffic.flows[1]
+            );
+        }
+    }
+}

@@ -73,6 +73,22 @@ fn a_shallow_queue_is_not_flooded() {
     }
 }
 
+#[test]
+fn a_path_that_has_become_slower_is_filled_again() {
+    for seed in seeds(2) {
+        let mut p = Pair::new(seed, Kind::Public, Kind::Public);
+        p.world.delay = SEC / 2000;
+        p.world.line = Some(Line::new(20 * MBIT, SEC / 20, ETHERNET));
+        let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+        settle(&mut p.world, "direct");
+        assert!(pour(&mut p.world, near, far, 3 * SEC) as u64 >= 2 * 15 * MBIT, "seed {seed}: while it was fast");
+        p.world.delay = SEC / 50;
+        pour(&mut p.world, near, far, 13 * SEC);
+        let got = pour(&mut p.world, near, far, 5 * SEC) as u64;
+        assert!(got >= 5 * 16 * MBIT, "seed {seed}: {} kbit/s; {:?}", got * 8 / 5000, view(&p.world, 1, "b"));
+    }
+}
+
 /// A few bytes each second.
 fn trickle(world: &mut World, near: End, far: End, seconds: usize) {
     for _ in 0..seconds {
@@ -151,7 +167,13 @@ fn a_path_of_1280_bytes_works_direct_and_relayed() {
             assert!(got == bytes, "seed {seed}");
             // IPv4 and UDP, and a relay's header; the search ends with steps of 20 bytes.
             let fits = 1280 - 28 - if path == "relay" { 13 } else { 0 };
-            let found = view(&p.world, 1, "b").mtu;
+            // Each size that does not pass is tried three times, and given up after somewhat more than a round trip.
+            let found = |w: &World| view(w, 1, "b").mtu;
+            for _ in 0..5 {
+                let long = if found(&p.world) < fits - 32 { SEC } else { SEC / 100 };
+                pour(&mut p.world, near, far, long);
+            }
+            let found = found(&p.world);
             assert!((fits - 32..=fits).contains(&found), "seed {seed} {kind:?}: {found} of {fits}");
         }
     }
@@ -176,7 +198,9 @@ fn a_black_hole_is_found_within_five_seconds() {
                 pour(&mut p.world, near, far, SEC / 2);
                 let again = until_through(&mut p.world, near, far, 100_000, most * SEC - SEC / 2).is_some();
                 assert!(again, "{named}: still nothing, by {}", view(&p.world, 1, "b").path);
-                assert_eq!(view(&p.world, 1, "b").mtu, 1200, "{named}");
+                // Or what has come through since.
+                let (found, fits) = (view(&p.world, 1, "b").mtu, 1300 - 28 - if path == "relay" { 13 } else { 0 });
+                assert!((1200..=fits).contains(&found), "{named}: {found}");
             }
         }
     }

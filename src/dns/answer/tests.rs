@@ -25,6 +25,7 @@ fn service(name: &str, kind: ServiceKind, vips: &[IpAddr]) -> Change {
         ports: [port].into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     };
     Change::Apply(Source::Api, Object::Service(service))

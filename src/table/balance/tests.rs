@@ -31,6 +31,7 @@ fn service() -> Service {
             .into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }

@@ -240,6 +240,7 @@ impl<'b> Reader<'b> {
                 .into(),
             affinity,
             local_only: flags & 1 != 0,
+            external_local: flags & 4 != 0,
             not_proxied: flags & 2 != 0,
         })
     }

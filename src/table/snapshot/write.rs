@@ -214,7 +214,8 @@ fn put_service(out: &mut Vec<u8>, s: &Service) -> bool {
         Affinity::None => 0,
         Affinity::ClientIp { timeout } => u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1),
     };
-    out.extend_from_slice(&[kind, u8::from(s.local_only) | u8::from(s.not_proxied) << 1]);
+    let flags = u8::from(s.local_only) | u8::from(s.not_proxied) << 1 | u8::from(s.external_local) << 2;
+    out.extend_from_slice(&[kind, flags]);
     out.extend_from_slice(&sticky.to_be_bytes());
     put_text(out, &s.id.namespace)
         && put_text(out, &s.id.name)

@@ -46,6 +46,11 @@ impl Homes {
 }
 
 impl Node {
+    /// Streams are open, or wait for their peers.
+    pub(crate) fn is_live(&self) -> bool {
+        self.slots.iter().any(|(_, s)| !s.streams.is_empty()) || self.peers.iter().any(|p| !p.waiting.is_empty())
+    }
+
     /// None behind the last relay.
     pub(crate) fn relay_at(&self, relay: usize) -> Option<RelaySeen> {
         let home = self.homes.get(relay)?;

@@ -42,8 +42,9 @@ impl Homes {
         }
         let Some(message) = up.channel.open(frame) else { return false };
         up.channel.cookie = header.cookie;
+        let silent = up.rtt.is_some() && up.suspect;
         up.heard(now);
-        self.told(relay, now, message, out, actions)
+        self.told(relay, now, message, silent, out, actions)
     }
 
     /// A relay has forgotten us: it is registered at again at once, or when it asked us to.
@@ -88,17 +89,20 @@ impl Homes {
             home.backoff.reset();
             log::info!(target: "tunnel", "relay {} answers again", home.certificate.name);
             actions.extend([Action::Hangup(relay), Action::Registered(relay)]);
-            self.told(relay, now, message, out, actions);
+            self.told(relay, now, message, true, out, actions);
             self.choose(now, out, actions);
         }
         true
     }
 
+    /// `silent`: until now it did not answer.
+    #[allow(clippy::too_many_arguments)]
     fn told(
         &mut self,
         relay: usize,
         now: Instant,
         message: Control,
+        silent: bool,
         out: &mut Outbox,
         actions: &mut Vec<Action>,
     ) -> bool {
@@ -108,6 +112,9 @@ impl Homes {
             Control::Pong { nonce: BESIDE, observed, .. } => actions.push(Action::Tried(observed)),
             Control::Pong { nonce, observed, serial, load } => {
                 let Some(up) = home.up_mut() else { return false };
+                if up.pulse().0 || silent {
+                    actions.push(Action::Back(relay));
+                }
                 if up.pong(now, nonce, observed, load, chosen) {
                     let name = &home.certificate.name;
                     log::info!(target: "tunnel", "registered at relay {name}, which sees us as {observed}");

@@ -144,6 +144,12 @@ impl Up {
         }
     }
 
+    pub(super) fn doubt(&mut self, now: Instant) {
+        if now >= self.heard + PING_AGAIN {
+            self.hurry(now);
+        }
+    }
+
     /// (it does not answer, when it last did).
     pub(super) fn pulse(&self) -> (bool, Option<Instant>) {
         (self.rtt.is_some() && self.unanswered >= LATE, self.rtt.map(|_| self.heard))
@@ -182,6 +188,10 @@ impl Up {
 
     /// Data went through the relay, or came.
     pub(super) fn used(&mut self, now: Instant) {
+        // What is sent and brings nothing back for a while may go nowhere.
+        if self.asked.is_none() && self.rtt.is_some_and(|rtt| now >= self.heard + PING_AGAIN.max(rtt * 3 / 2)) {
+            self.next_ping = self.next_ping.min(now);
+        }
         if self.used.is_none_or(|used| now >= used + PING_BUSY) {
             // One that was left alone is asked at once: it may have been restarted long ago.
             if self.asked.is_none() {

@@ -91,6 +91,7 @@ impl World {
                     n => Affinity::ClientIp { timeout: Duration::from_secs(u64::from(n) * 43_200) },
                 },
                 local_only: self.0.bool(),
+                external_local: self.0.bool(),
                 not_proxied: self.0.bool(),
             }),
             2 | 3 => Object::Slice(Slice {
