@@ -7,20 +7,26 @@ pub mod view;
 
 use crate::{
     clock::Clock,
+    config::Policy,
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
+    reactor::{Async, LocalExecutor, Timer},
     shared::Reader,
-    table::Table,
+    table::{
+        Table,
+        balance::{Fared, PortId},
+    },
     tunnel,
 };
 use anyhow::{Context, bail};
+use async_lock::Semaphore;
 use futures_lite::{AsyncReadExt, AsyncWriteExt, future::or};
 use nanoserde::{DeJson, SerJson};
-use smol::{Async, LocalExecutor, Timer, lock::Semaphore};
 use std::{
     cell::RefCell,
     collections::BTreeMap,
     fs::{self, DirBuilder, Permissions},
     io::{self, Read, Write},
+    net::SocketAddr,
     os::unix::{
         fs::{DirBuilderExt, MetadataExt, PermissionsExt},
         net::{UnixListener, UnixStream},
@@ -42,6 +48,9 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(200);
 /// 5,000 Services take 2 MB; a longer answer is not the agent's.
 const REPLY_MAX: u64 = 64 << 20;
 
+/// How an endpoint of a Service's port has fared.
+pub type HowFared = dyn Fn(&PortId, SocketAddr) -> Option<Fared>;
+
 /// What the socket can tell; each part that is switched off is None.
 pub struct Views {
     pub node: String,
@@ -55,6 +64,9 @@ pub struct Views {
     pub parts: Box<dyn Fn() -> Vec<view::Part>>,
     pub warnings: Box<dyn Fn() -> Vec<String>>,
     pub resolve: Box<dyn Fn(&str) -> view::Resolution>,
+    /// Where no DestinationRule says another.
+    pub policy: Policy,
+    pub fared: Box<HowFared>,
 }
 
 /// The place where the agent is asked: taken first of all, for it tells that no other agent is at work here.
@@ -159,14 +171,18 @@ impl Views {
         match (command, name) {
             ("status", "") => self.status().serialize_json(),
             ("peers", "") => self.peers().serialize_json(),
-            ("services", "") => self.table.read(report::services).serialize_json(),
+            ("services", "") => self.table.read(|t| report::services(t, &self.proxied())).serialize_json(),
             ("services", name) => {
-                let found = self.table.read(|t| report::named(t, name));
+                let found = self.table.read(|t| report::named(t, name, &self.proxied()));
                 if found.services.is_empty() { failure(&format!("no service {name}")) } else { found.serialize_json() }
             }
             ("resolve", name) if !name.is_empty() => (self.resolve)(name).serialize_json(),
             _ => failure("expected: status, peers, services [NAME], or resolve NAME"),
         }
+    }
+
+    fn proxied(&self) -> report::Proxied<'_> {
+        report::Proxied { policy: self.policy, fared: &*self.fared }
     }
 
     fn status(&self) -> view::Status {
@@ -194,7 +210,7 @@ impl Views {
             relaying: self.tunnel.as_ref().and_then(tunnel::Handle::relay_load).map(Into::into),
             peers: self.tunnel.iter().flat_map(tunnel::Handle::peers).filter(|p| p.path != "none").count(),
             counters,
-            warnings: (self.warnings)(),
+            warnings: (self.warnings)().into_iter().chain(self.table.read(report::rules)).collect(),
         }
     }
 

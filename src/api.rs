@@ -1,6 +1,7 @@
 //! The driver of the Kubernetes client: a connection for each watch, and one writer of the table.
 
 use crate::{
+    carrier::connect::Proxy,
     clock::Clock,
     config::{KubeConfig, ServerKind},
     conn::{Conn, Failure},
@@ -13,6 +14,7 @@ use crate::{
         watcher::{Input, Output, SPREAD, Setup as Watch, Watcher, first_try},
     },
     netlink::Monitor,
+    reactor::Timer,
     shared::{Bell, Listener, Writer},
     table::{
         Table,
@@ -21,7 +23,6 @@ use crate::{
     },
 };
 use futures_lite::future::{or, pending, yield_now};
-use smol::Timer;
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -86,6 +87,7 @@ pub struct Status(Rc<Hub>);
 
 struct Hub {
     credentials: Credentials,
+    proxy: Option<Proxy>,
     watchers: Vec<RefCell<Watcher>>,
     setup: Setup,
     agent: String,
@@ -103,9 +105,9 @@ struct Hub {
 fn forget_others(config: &KubeConfig, pods: bool, table: &mut Table) {
     let is_followed =
         |namespace: &str| config.namespaces.is_empty() || config.namespaces.iter().any(|n| n == namespace);
-    for scope in [Scope::Services(None), Scope::Slices(None), Scope::Pods(None)] {
+    for scope in [Scope::Services(None), Scope::Slices(None), Scope::Pods(None), Scope::Rules(None)] {
         table.sweep(Source::Api, &scope, |id| match id {
-            ObjectId::Service(id) => is_followed(&id.namespace),
+            ObjectId::Service(id) | ObjectId::Rule(id) => is_followed(&id.namespace),
             ObjectId::Slice(id) => is_followed(&id.namespace),
             ObjectId::Pod(id) => pods && is_followed(&id.namespace),
             ObjectId::Node(_) => true,
@@ -123,6 +125,11 @@ impl Api {
             forget_others(config, setup.pods, t);
         });
         let access = credentials.access();
+        // The rules of a snapshot come before the first try to connect.
+        let servers = access.iter().flat_map(|a| &a.servers).map(|s| &s.host);
+        for address in servers.chain(config.proxy.as_ref().map(|p| &p.host)).filter_map(|host| host.parse().ok()) {
+            setup.table.update(|t| t.guard(address));
+        }
         let is_local = |access: &Access| access.servers.iter().all(Server::is_local);
         let metaserver = match config.server {
             ServerKind::Auto => access.as_ref().is_ok_and(|a| a.servers.iter().all(Server::is_metaserver)),
@@ -147,16 +154,19 @@ impl Api {
         };
         let mut watchers = Vec::new();
         let pods = setup.pods.then_some(Resource::Pods);
-        for resource in [Resource::Services, Resource::Slices].into_iter().chain(pods) {
+        let mut follow = |resource| {
             if config.namespaces.is_empty() {
                 watchers.push(watch(resource, None));
             }
             watchers.extend(config.namespaces.iter().map(|n| watch(resource, Some(n))));
-        }
+        };
+        [Resource::Services, Resource::Slices].into_iter().chain(pods).for_each(&mut follow);
+        follow(Resource::rules(metaserver));
         watchers.push(watch(Resource::Nodes, None));
         let agent = format!("weft/{} ({}/{})", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
         let hub = Hub {
             credentials,
+            proxy: config.proxy.clone(),
             watchers,
             setup,
             agent,
@@ -388,8 +398,13 @@ impl Hub {
         let (mut last, mut tries) = (None, 0);
         for at in (self.server.get()..).take(count) {
             let server = access.servers[at % count].clone();
-            let words = |why: &str| format!("{server}: {why}");
-            let addresses = match (self.setup.lookup)(server.host.clone()).await {
+            let proxy = self.proxy.as_ref().filter(|_| !server.is_local() && !server.is_metaserver());
+            let (words, host, port) = match proxy {
+                None => (server.to_string(), &server.host, server.port),
+                Some(p) => (format!("{server} through the proxy {}", p.shown()), &p.host, p.port),
+            };
+            let words = |why: &str| format!("{words}: {why}");
+            let addresses = match (self.setup.lookup)(host.clone()).await {
                 Ok(addresses) => addresses,
                 Err(why) => {
                     last = Some(Failure::new(words(&format!("{why:#}"))));
@@ -397,12 +412,16 @@ impl Hub {
                 }
             };
             for address in addresses {
+                if self.setup.table.update(|t| t.guard(address)) {
+                    self.dirty.ring();
+                }
                 tries += 1;
                 if tries > ADDRESSES_MAX {
                     break;
                 }
                 let tls = self.credentials.tls(&access, &server).map_err(|why| Failure::new(words(&why)))?;
-                match Conn::open(SocketAddr::new(address, server.port), self.setup.mark, tls).await {
+                let proxy = proxy.map(|p| (p, p.request(&server.host, server.port)));
+                match Conn::open(SocketAddr::new(address, port), self.setup.mark, proxy, tls).await {
                     Ok(conn) => {
                         self.server.set(at % count);
                         *self.url.borrow_mut() = server.to_string();

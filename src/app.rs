@@ -9,7 +9,7 @@ use crate::{
     api::{self, Api},
     ca,
     clock::{BUILT, Clock},
-    config::{Config, PodNames, StaticService},
+    config::{Config, PodNames, Policy, StaticService},
     dns::{
         self, Resolver,
         answer::{Answerer, Outcome, Via},
@@ -20,6 +20,7 @@ use crate::{
     netlink,
     notify::Notify,
     proxy::{Drain, Proxy, rules::Ports, udp},
+    reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
@@ -35,19 +36,17 @@ use crate::{
     tunnel::{self, identity::Bundle},
 };
 use anyhow::{Context, bail};
-use async_signal::{Signal, Signals};
 use futures_lite::{
-    StreamExt,
+    AsyncReadExt,
     future::{or, pending},
 };
 use log::LevelFilter;
 use shown::Shown;
-use smol::LocalExecutor;
 use std::{
     cell::RefCell,
-    fs,
+    fs, io,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     rc::Rc,
     time::Duration,
@@ -73,7 +72,7 @@ pub fn run(start: Start) -> anyhow::Result<()> {
     let executor = Rc::new(LocalExecutor::new());
     // A task, so that not every wake-up of another looks for signals.
     let agent = executor.spawn(agent(Rc::clone(&executor), start));
-    smol::block_on(executor.run(agent))
+    crate::reactor::block_on(executor.run(agent))
 }
 
 /// Removes what a killed agent left in the kernel, and says what that was.
@@ -86,7 +85,7 @@ pub fn cleanup() -> anyhow::Result<Vec<String>> {
 
 async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Result<()> {
     // Before anything is changed in the kernel, so that a signal undoes it.
-    let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("signals")?;
+    let signals = Signals::new().context("signals")?;
     let config = &start.config;
     let found = snapshot::find(&config.node.state_dir);
     let clock = Clock::new(BUILT).remembering(found.unix());
@@ -118,23 +117,23 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
         let signal = async { Ok(signals.next().await) };
         let ended = async { Err(wiring.tasks.ended().await) };
         match or(or(signal, ended), alive(&notify)).await {
-            Ok(Some(Ok(Signal::Hup))) => {
+            Ok(Ok(libc::SIGHUP)) => {
                 notify.tell("RELOADING=1");
                 or(wiring.reload(&start), alive(&notify)).await;
                 notify.tell("READY=1");
             }
-            Ok(Some(Ok(signal))) => {
-                log::info!("{signal:?}: leaving");
+            Ok(Ok(signal)) => {
+                log::info!("{}: leaving", if signal == libc::SIGTERM { "SIGTERM" } else { "SIGINT" });
                 break Ok(());
             }
-            Ok(Some(Err(_)) | None) => break Err(anyhow::anyhow!("signals can no longer be received")),
+            Ok(Err(why)) => break Err(anyhow::Error::new(why).context("signals can no longer be received")),
             Err((name, why)) => break Err(why.context(format!("{name} has ended"))),
         }
     };
     notify.tell("STOPPING=1");
     let impatience = async {
-        while let Some(signal) = signals.next().await {
-            if !matches!(signal, Ok(Signal::Hup)) {
+        while let Ok(signal) = signals.next().await {
+            if signal != libc::SIGHUP {
                 bail!("a second signal: left in haste; `weft cleanup` removes what is still in the kernel");
             }
         }
@@ -147,6 +146,21 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
     };
     let drained = or(or(gently, impatience), alive(&notify)).await;
     ended.and(drained)
+}
+
+/// What ends the agent, or reloads it.
+struct Signals(Async<OwnedFd>);
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Async::new_nonblocking(sys::signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?).map(Self)
+    }
+
+    async fn next(&self) -> io::Result<i32> {
+        let mut one = [0; size_of::<libc::signalfd_siginfo>()];
+        (&self.0).read_exact(&mut one).await?;
+        Ok(i32::from_ne_bytes([one[0], one[1], one[2], one[3]]))
+    }
 }
 
 /// Shows signs of life, and never ends.
@@ -214,7 +228,10 @@ pub(crate) struct Wiring {
     dns_port: Option<u16>,
     pub(crate) tunnel: Writer<Option<tunnel::Handle>>,
     tunnel_at: Option<SocketAddr>,
-    proxy: Option<(u16, Reader<udp::Ports>)>,
+    /// Its port, that of IPv6, and those of UDP.
+    proxy: Option<(u16, Option<u16>, Reader<udp::Ports>)>,
+    /// Of all proxies, so that clients stay where they are when another one begins.
+    balancer: Rc<RefCell<Balancer>>,
     /// Of the proxy that runs, the last, and of those before it.
     pub(crate) drains: Vec<Drain>,
     pub(crate) undo: Option<Undo>,
@@ -250,6 +267,7 @@ impl Wiring {
             tunnel: Writer::new(None),
             tunnel_at: None,
             proxy: None,
+            balancer: Rc::new(RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::new()))),
             drains: Vec::new(),
             undo: None,
             rules: None,
@@ -385,10 +403,15 @@ impl Wiring {
             return Ok(());
         }
         let here = self.here();
-        let balancer = Balancer::new(balancer.default, fastrand::Rng::new());
+        let mut state = self.balancer.borrow_mut();
+        state.policy = balancer.default;
+        state.prefer.clone_from(&balancer.prefer);
+        state.outlier.failures = balancer.outlier;
+        drop(state);
+        let balancer = Rc::clone(&self.balancer);
         let (table, counters, tunnel) = (self.table.reader(), Rc::clone(&self.counts.proxy), self.tunnel.reader());
         let proxy = Proxy::bind(proxy, dns.listen.ip(), here, balancer, table, tunnel, counters, self.clock)?;
-        self.proxy = Some((proxy.port(), proxy.udp_ports()));
+        self.proxy = Some((proxy.port(), proxy.port6(), proxy.udp_ports()));
         self.drains.retain(|drain| !drain.is_idle());
         self.drains.push(proxy.drain());
         self.tasks.spawn("proxy", proxy.run());
@@ -423,10 +446,12 @@ impl Wiring {
         let Config { dns, proxy, .. } = &self.config;
         rules::may_stand_in_rules(proxy)?;
         let dns_ports = self.dns_port.map(|port| (dns.listen.port(), port));
-        let (proxy_port, udp) = self.proxy.clone().unzip();
-        let ports = Ports { proxy: proxy_port, dns: dns_ports, take_over: dns.take_over.clone() };
-        let udp = udp.unwrap_or_else(|| Writer::new(udp::Ports::new()).reader());
-        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp };
+        let (port, port6, udp) = match self.proxy.clone() {
+            Some((port, port6, udp)) => (Some(port), port6, udp),
+            None => (None, None, Writer::new(udp::Ports::new()).reader()),
+        };
+        let ports = Ports { proxy: port, proxy6: port6, dns: dns_ports, take_over: dns.take_over.clone() };
+        let mut orders = Orders { number: 1, cfg: proxy.clone(), ports, udp, here: self.here() };
         if let Some(before) = &self.orders {
             before.update(|before| {
                 orders.number = before.number + 1;
@@ -470,7 +495,7 @@ impl Wiring {
             manifests: self.manifests.clone(),
             api: self.api.clone(),
             dns_port: self.dns_port,
-            proxy_port: self.proxy.as_ref().map(|(port, _)| *port),
+            proxy_port: self.proxy.as_ref().map(|(port, ..)| *port),
             rules: self.rules.clone(),
             tunnel: self.tunnel_at.zip(tunnel.clone()),
         };
@@ -489,6 +514,7 @@ impl Wiring {
             })
         };
         let shown = Rc::new(shown);
+        let (balancer, clock) = (Rc::clone(&self.balancer), self.clock);
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
         Ok(Views {
             node: self.node.clone(),
@@ -502,6 +528,8 @@ impl Wiring {
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
             resolve: Box::new(resolve),
+            policy: self.config.balancer.default,
+            fared: Box::new(move |port, address| balancer.borrow().fared(port, address, clock.now())),
         })
     }
 }

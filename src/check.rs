@@ -42,7 +42,7 @@ const KUBELET: &str = "/var/lib/kubelet/config.yaml";
 #[must_use]
 pub fn run(mut config: Config, bundle: Option<PathBuf>) -> Report {
     config.node.bundle = bundle.or(config.node.bundle);
-    let status = admin::ask::<view::Status>(&config.admin.socket, "status").ok().map(|(_, status)| status);
+    let status = settled(&config.admin.socket);
     let mut report = Report::default();
     let mut here = Here { config: &config, status, report: &mut report };
     here.kernel();
@@ -79,7 +79,7 @@ impl Here<'_> {
             };
             let by_iptables = writers.wants_iptables();
             if by_iptables && writers.flavour.is_some() {
-                writers.iptables = Some(smol::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
+                writers.iptables = Some(crate::reactor::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
             }
             self.say(kernel::rules(&writers));
             let closed = nft::closed_ways(dns.listen.ip(), by_iptables).unwrap_or_default();
@@ -116,7 +116,7 @@ impl Here<'_> {
             action,
         };
         let rules = vec![rule(1, rules::Action::Redirect(1)), rule(2, rules::Action::Refuse)];
-        let desired = Desired { address: own, mark: proxy.mark, catch, rules, left_out: 0 };
+        let desired = Desired { address: own, mark: proxy.mark, catch, rules, outside: vec![], left_out: 0 };
         nft::attempt(&desired).map_err(|e| format!("{e:#}"))
     }
 
@@ -141,14 +141,17 @@ impl Here<'_> {
         let yaml = Some(text(EDGECORE)).filter(|t| !t.is_empty());
         let host = text("/proc/sys/kernel/hostname");
         let name = app::name(config, bundle.as_ref(), &host).map_err(|e| format!("{e:#}"));
-        let asked = match (&yaml, &name) {
-            (Some(yaml), Ok(name)) => trial::meta_server(yaml, name),
-            (Some(_) | None, _) => Asked::default(),
-        };
+        let called_us = name.as_deref().unwrap_or_default();
+        let mut asked = yaml.as_ref().map_or_else(Asked::default, |y| trial::meta_server(y, config, called_us));
+        let api = config.kube.follows().then(|| trial::api(config, called_us));
+        asked.node = asked.node.or(api.as_ref().and_then(|a| a.node));
         let called = yaml.as_ref().and_then(|y| node::value(y, &["modules", "edged", "hostnameOverride"]).pop());
         self.say(node::name(name.as_deref().map_err(Clone::clone), called.as_deref(), asked.node));
         if let Some(yaml) = &yaml {
             self.say(node::meta_server(yaml, &asked));
+        }
+        if let Some(api) = api {
+            self.say(node::api(&api));
         }
         let kubelet = Some(text(KUBELET)).filter(|t| !t.is_empty());
         let (ours, take_over) = (config.dns.listen.ip().to_string(), config.dns.take_over.is_some());
@@ -169,8 +172,10 @@ impl Here<'_> {
         self.say(network::route(&out, &self.vips(), &around.taken));
         let mtu =
             |name: &String| Some((name.clone(), text(&format!("/sys/class/net/{name}/mtu")).trim().parse().ok()?));
-        self.say(network::mtu(&out.iter().filter_map(mtu).collect::<Vec<_>>()));
         let at_work = self.status.is_some();
+        let peers = at_work.then(|| admin::ask::<view::Peers>(&config.admin.socket, "peers").ok()).flatten();
+        let peers = peers.map_or_else(Vec::new, |(_, p)| p.peers);
+        self.say(network::mtu(&out.iter().filter_map(mtu).collect::<Vec<_>>(), &peers));
         if config.dns.enable {
             let listen = config.dns.listen;
             let holder = holder::of(listen, false).or_else(|| holder::of(listen, true));
@@ -227,6 +232,20 @@ impl Here<'_> {
         };
         lines.into_iter().for_each(|line| self.say(line));
     }
+}
+
+/// What an agent at work tells, once its relays have answered or have had their time since its start.
+fn settled(socket: &Path) -> Option<view::Status> {
+    let ask = || Some(admin::ask::<view::Status>(socket, "status").ok()?.1);
+    let mut status = ask()?;
+    for _ in 0..trial::RELAYS.as_millis() / trial::LOOK.as_millis() {
+        if status.uptime_secs >= trial::RELAYS.as_secs() || status.relays.iter().all(|r| r.registered) {
+            break;
+        }
+        std::thread::sleep(trial::LOOK);
+        status = ask()?;
+    }
+    Some(status)
 }
 
 fn text(path: &str) -> String {

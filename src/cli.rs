@@ -22,16 +22,20 @@ use argh::FromArgs;
 use args::{Args, CaCommand, CaIssue, CaShow, Command};
 use nanoserde::{DeJson, SerJson};
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     net::Ipv4Addr,
     path::Path,
     process::ExitCode,
+    time::Duration,
 };
 
 /// Bad usage.
 const USAGE: u8 = 2;
 /// sysexits.h, `EX_USAGE`: what linkerd gives for a configuration that is wrong.
 const CONFIG: u8 = 64;
+
+/// How often `--watch` asks.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// Does what the command line says. Errors are printed here.
 #[must_use]
@@ -59,7 +63,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Peers(c) => query(&c.socket, "peers", c.json, render::peers),
         Command::Services(c) => {
             let request = format!("services {}", c.name.unwrap_or_default());
-            query(&c.socket, request.trim_end(), c.json, render::services)
+            query(&c.socket, request.trim_end(), c.json, render::services)?;
+            if c.watch { watch(&c.socket, request.trim_end(), c.json) } else { Ok(()) }
         }
         Command::Resolve(c) => resolve(&c),
         Command::Check(c) => check(c),
@@ -119,6 +124,24 @@ fn cleanup(socket: &Path) -> anyhow::Result<()> {
 fn query<T: DeJson>(socket: &Path, request: &str, json: bool, render: impl Fn(&T) -> String) -> anyhow::Result<()> {
     let (reply, view) = admin::ask::<T>(socket, request)?;
     out(if json { reply } else { render(&view) }.trim_end())
+}
+
+/// Prints again whenever there is something else to tell, until nobody reads it or the agent has gone.
+fn watch(socket: &Path, request: &str, json: bool) -> anyhow::Result<()> {
+    let mut last = None;
+    let home = if io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "\n" };
+    loop {
+        let (reply, view) = admin::ask::<view::Services>(socket, request)?;
+        let text = if json { reply } else { render::services(&view) };
+        if last.is_some() && last.as_ref() != Some(&text) {
+            let home = if json { "" } else { home };
+            if io::stdout().write_all(format!("{home}{}\n", text.trim_end()).as_bytes()).is_err() {
+                return Ok(());
+            }
+        }
+        last = Some(text);
+        std::thread::sleep(WATCH_EVERY);
+    }
 }
 
 /// Fails, after it has printed, where there is no such name: scripts ask for that.

@@ -14,6 +14,8 @@ pub use error::ConfigError;
 use crate::{
     carrier::connect::Proxy,
     kube::access::Server,
+    proxy::cover::Net,
+    table::balance::Nearness,
     tunnel::{RelayLimits, identity::node_name},
 };
 use std::{
@@ -123,6 +125,8 @@ pub struct KubeConfig {
     /// What of them is followed; empty: all.
     pub namespaces: Vec<String>,
     pub server: ServerKind,
+    /// Through which an API that is not on this machine is reached.
+    pub proxy: Option<Proxy>,
     /// Paths, the last component of each may hold `*`.
     pub manifests: Vec<String>,
 }
@@ -187,6 +191,8 @@ pub struct ProxyConfig {
     /// Interfaces whose clients are caught; empty: all but those of a default route.
     pub interfaces: Vec<String>,
     pub external_ips: bool,
+    /// Networks: NodePorts are served on those of this host's addresses that lie in one of them.
+    pub node_ports: Vec<Net>,
     /// One bit of the packet mark: set on our own sockets.
     pub mark: u32,
     pub max_connections: usize,
@@ -198,12 +204,17 @@ pub struct ProxyConfig {
 pub enum Policy {
     RoundRobin,
     Random,
+    LeastRequest,
     Sticky,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct BalancerConfig {
     pub default: Policy,
+    /// The nearest kind that has an endpoint is used; `Any` is the last in any case.
+    pub prefer: Vec<Nearness>,
+    /// Failures in a row after which an endpoint is left out for a while; 0: never.
+    pub outlier: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,13 @@
 //! One connection to an API server: TCP that notices a dead peer, and TLS where it is wanted.
 
-use crate::{kube::tls, sys};
+use crate::{
+    carrier::connect::{HEAD_MAX, Proxy},
+    kube::tls,
+    reactor::{Async, Timer},
+    sys,
+};
 use futures_lite::future::or;
 use rustls::ClientConnection;
-use smol::{Async, Timer};
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
@@ -56,16 +60,30 @@ pub(crate) struct Conn {
     tls: Option<Box<ClientConnection>>,
 }
 
+/// A proxy, and how it is asked for the way.
+type Through<'p> = Option<(&'p Proxy, String)>;
+
 impl Conn {
-    pub(crate) async fn open(to: SocketAddr, mark: u32, tls: Option<ClientConnection>) -> Result<Self, Failure> {
+    /// To an API server, or to the proxy that leads to it.
+    pub(crate) async fn open(
+        to: SocketAddr,
+        mark: u32,
+        through: Through<'_>,
+        tls: Option<ClientConnection>,
+    ) -> Result<Self, Failure> {
         let late = async {
             Timer::after(PATIENCE).await;
             Err(Failure::new("no answer: is it on, and does a firewall let us through?"))
         };
-        or(Self::dial(to, mark, tls), late).await
+        or(Self::dial(to, mark, through, tls), late).await
     }
 
-    async fn dial(to: SocketAddr, mark: u32, tls: Option<ClientConnection>) -> Result<Self, Failure> {
+    async fn dial(
+        to: SocketAddr,
+        mark: u32,
+        through: Through<'_>,
+        tls: Option<ClientConnection>,
+    ) -> Result<Self, Failure> {
         let socket = sys::tcp_socket(&to)?;
         // So that our own rules never catch it. Without the right to mark there are no rules of ours either.
         let _ = sys::set_mark(&socket, mark);
@@ -79,9 +97,31 @@ impl Conn {
         if let Some(error) = tcp.get_ref().take_error()? {
             return Err(error.into());
         }
-        let mut conn = Self { tcp, tls: tls.map(Box::new) };
+        let mut conn = Self { tcp, tls: None };
+        if let Some((proxy, request)) = through {
+            conn.send(request.as_bytes()).await?;
+            conn.led_on(proxy).await?;
+        }
+        conn.tls = tls.map(Box::new);
         conn.handshake().await?;
         Ok(conn)
+    }
+
+    /// The proxy has made the way. The server behind says nothing before we do.
+    async fn led_on(&mut self, proxy: &Proxy) -> Result<(), Failure> {
+        let mut answer = vec![0; HEAD_MAX];
+        let mut length = 0;
+        loop {
+            self.readable().await?;
+            match self.read(&mut answer[length..])? {
+                None => continue,
+                Some(0) => return Err(Failure::new("the proxy hung up")),
+                Some(count) => length += count,
+            }
+            if proxy.judge(&answer[..length]).map_err(Failure::new)? {
+                return Ok(());
+            }
+        }
     }
 
     async fn handshake(&mut self) -> Result<(), Failure> {

@@ -9,7 +9,10 @@ use crate::{
     rules::Synced,
 };
 use anyhow::{Context, Result};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    rc::Rc,
+};
 
 /// Seconds that iptables waits for its lock.
 const LOCK_WAIT: &str = "5";
@@ -17,13 +20,23 @@ const LOCK_WAIT: &str = "5";
 /// What we know of the kernel from the last sync.
 #[derive(Debug)]
 pub struct Iptables {
+    /// For IPv4, and for IPv6 once there is something of it.
+    families: [Option<One>; 2],
+}
+
+/// One family's.
+#[derive(Debug)]
+struct One {
     tools: Tools,
-    applied: Option<Desired>,
+    applied: Option<Rc<Desired>>,
     digest: u64,
     rules: usize,
     /// The tables that were not there before us.
     made: Vec<iptables::Kind>,
 }
+
+/// The names of the programs.
+const NAMES: [&str; 2] = ["iptables", "ip6tables"];
 
 /// Whether there is an iptables to be run.
 #[must_use]
@@ -34,7 +47,12 @@ pub fn is_installed() -> bool {
 /// Whether somebody uses the tables of iptables-legacy in this network namespace.
 #[must_use]
 pub fn has_legacy_tables() -> bool {
-    let names = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    has_legacy_tables_of(true)
+}
+
+fn has_legacy_tables_of(v4: bool) -> bool {
+    let list = if v4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" };
+    let names = std::fs::read_to_string(list).unwrap_or_default();
     names.lines().any(|name| matches!(name, "nat" | "filter"))
 }
 
@@ -44,25 +62,52 @@ impl Iptables {
     /// # Errors
     /// When there is no iptables, or it cannot be run.
     pub async fn new() -> Result<Self> {
-        let legacy = if has_legacy_tables() { Tools::new("iptables-legacy").await.ok() } else { None };
-        let tools = match legacy {
-            Some(tools) => tools,
-            None => Tools::new("iptables").await?,
-        };
-        Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new() })
+        Ok(Self { families: [Some(One::new(true).await?), None] })
     }
 
     /// What it says of itself.
     #[must_use]
     pub fn version(&self) -> &str {
-        &self.tools.version
+        self.families.iter().flatten().next().map_or("", |one| &one.tools.version)
     }
 
-    /// Makes the rules what is desired. Without `look` what was written last counts as being there.
+    /// Makes the rules of each family what is desired; None: there are none. Without `look` what was written last counts as
+    /// being there.
     ///
     /// # Errors
-    /// What iptables complained about.
-    pub async fn sync(&mut self, desired: &Desired, look: bool) -> Result<Synced> {
+    /// What iptables complained about; of IPv6 when the rules of IPv4 are in place.
+    pub async fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
+        let mut all = Synced { wrote: false, rules: 0 };
+        for ((slot, desired), v4) in self.families.iter_mut().zip(desired).zip([true, false]) {
+            let Some(desired) = desired else {
+                if let Some(one) = slot.take() {
+                    all.wrote |= one.tools.undo(v4).await?.is_some();
+                }
+                continue;
+            };
+            let one = match slot {
+                Some(one) => one,
+                None => slot.insert(One::new(v4).await?),
+            };
+            let synced = one.sync(desired, look).await?;
+            all = Synced { wrote: all.wrote | synced.wrote, rules: all.rules + synced.rules };
+        }
+        Ok(all)
+    }
+}
+
+impl One {
+    async fn new(v4: bool) -> Result<Self> {
+        let name = NAMES[usize::from(!v4)];
+        let legacy = if has_legacy_tables_of(v4) { Tools::new(&format!("{name}-legacy")).await.ok() } else { None };
+        let tools = match legacy {
+            Some(tools) => tools,
+            None => Tools::new(name).await?,
+        };
+        Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new() })
+    }
+
+    async fn sync(&mut self, desired: &Rc<Desired>, look: bool) -> Result<Synced> {
         let same = self.applied.as_ref() == Some(desired);
         if same && !look {
             return Ok(Synced { wrote: false, rules: self.rules });
@@ -80,7 +125,7 @@ impl Iptables {
         let saved = self.tools.save().await?;
         self.digest = saved.digest();
         self.rules = saved.counts().1;
-        self.applied = Some(desired.clone());
+        self.applied = Some(Rc::clone(desired));
         Ok(Synced { wrote: true, rules: self.rules })
     }
 }
@@ -92,7 +137,7 @@ impl Iptables {
 pub async fn attempt() -> Result<()> {
     const RULES: &str = "*nat\n:WEFT-CHECK - [0:0]\n-A WEFT-CHECK -p tcp -d 192.0.2.1/32 --dport 1 \
                          -j DNAT --to-destination 192.0.2.2:1\nCOMMIT\n";
-    let tools = Iptables::new().await?.tools;
+    let tools = One::new(true).await?.tools;
     exec::run(&tools.restore, &["--noflush", "--test"], RULES, |_| ()).await
 }
 
@@ -107,17 +152,18 @@ pub fn flavour() -> Option<&'static str> {
 /// Removes what is ours from every variant of iptables that is installed. Says what it removed, and what failed.
 pub async fn remove() -> (Vec<String>, Vec<String>) {
     let (mut done, mut errors) = (Vec::new(), Vec::new());
-    let mut seen: Vec<(PathBuf, bool)> = Vec::new();
-    for family in ["iptables", "iptables-nft", "iptables-legacy"] {
+    let mut seen: Vec<(PathBuf, bool, bool)> = Vec::new();
+    for (name, variant) in NAMES.iter().flat_map(|name| ["", "-nft", "-legacy"].map(|variant| (*name, variant))) {
+        let v4 = name == NAMES[0];
         // Each variant has tables of its own; the default one is one of them under a second name.
-        let Ok(tools) = Tools::new(family).await else { continue };
+        let Ok(tools) = Tools::new(&format!("{name}{variant}")).await else { continue };
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let id = (real(&tools.restore), tools.nft());
+        let id = (real(&tools.restore), tools.nft(), v4);
         if seen.contains(&id) {
             continue;
         }
         seen.push(id);
-        match tools.undo().await {
+        match tools.undo(v4).await {
             Ok(what) => done.extend(what),
             Err(e) => errors.push(format!("{e:#}")),
         }
@@ -142,7 +188,7 @@ fn version_of(line: &str) -> Option<[u16; 3]> {
 }
 
 impl Tools {
-    /// `family` is "iptables", or one of its variants.
+    /// `family` is "iptables" or "ip6tables", or one of their variants.
     async fn new(family: &str) -> Result<Self> {
         let find = |what: &str| {
             let name = format!("{family}-{what}");
@@ -177,8 +223,15 @@ impl Tools {
     }
 
     /// Takes our rules away; None: there were none.
-    async fn undo(&self) -> Result<Option<String>> {
-        let saved = self.save().await?;
+    async fn undo(&self, v4: bool) -> Result<Option<String>> {
+        let saved = match self.save().await {
+            // A kernel without IPv6 has nothing of ours in it.
+            Err(e) if !v4 => {
+                log::debug!("{e:#}");
+                return Ok(None);
+            }
+            saved => saved?,
+        };
         let Some(text) = iptables::undo(&saved) else { return Ok(None) };
         let remains = iptables::remains(&saved);
         self.restore(&text).await?;
@@ -188,7 +241,7 @@ impl Tools {
                 if let Err(e) = self.restore(&part.text).await {
                     log::debug!("table {}: {e:#}", part.table);
                 }
-                if let Err(e) = netlink::remove_empty_table(part.table) {
+                if let Err(e) = netlink::remove_empty_table(v4, part.table) {
                     log::debug!("table {}: {e:#}", part.table);
                 }
             }
@@ -204,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_missing_tool_is_named() {
-        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
+        let missing = crate::reactor::block_on(Tools::new("no-such-tables")).unwrap_err();
         assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
     }
 

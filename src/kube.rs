@@ -10,6 +10,7 @@ pub mod json;
 mod known;
 mod loading;
 pub mod resource;
+mod rule;
 mod store;
 pub mod tls;
 pub mod types;
@@ -21,6 +22,7 @@ pub use loading::{ENDPOINTS_MAX, OBJECTS_MAX};
 use crate::sorted::Map;
 use crate::{
     clock::Clock,
+    reactor::Timer,
     shared::Writer,
     table::{
         Table,
@@ -29,8 +31,8 @@ use crate::{
 };
 use anyhow::{Context, bail, ensure};
 use files::{Check, Reading};
+use futures_lite::future::yield_now;
 use loading::{IntoTable, Loading, Wanted};
-use smol::{Timer, future::yield_now};
 use std::{
     cell::RefCell,
     fs,

@@ -17,6 +17,14 @@
 //!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons
 //! ```
 //!
+//! # The balancer
+//!
+//! `table::balance` picks an endpoint: it takes the nearest that serve, as hints and the Service's policies have it, and
+//! of those one by the policy. `table::balance::state` is what it remembers between connections, one for all proxies;
+//! `table::rule` says which DestinationRule is a Service's. `lease` is a connection that an endpoint has, `first` looks at
+//! the bytes that a client sends before it has one. A hash goes to the endpoint with the highest weight (rendezvous): there
+//! is no ring to keep, and one that goes moves no keys but its own.
+//!
 //! # The Kubernetes client
 //!
 //! `api` drives one `kube::watcher::Watcher` for each resource (and namespace): bytes go in, requests and timers come
@@ -48,6 +56,8 @@
 //! `connect` begins connections, of others only as far as `admit` finds them worth public-key work; `windows` gives
 //! each what its path needs out of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
+//! A session of UDP is a stream: `datagrams` that fit into one packet go beside it, larger ones in it.
+//!
 //! A node registers at every relay of its list and tells each where it is to be found. Two of them carry its data:
 //! the nearest, and one that stands by, through which there is a flow to each live peer beside the first. A relay
 //! that says nothing for a second after a question is avoided; its registration is asked after until it answers, or
@@ -77,11 +87,14 @@ mod credentials;
 pub mod detour;
 pub mod disk;
 pub mod dns;
+mod ears;
 pub mod encoding;
 pub mod exec;
+mod first;
 pub mod holder;
 pub mod iptables;
 pub mod kube;
+mod lease;
 pub mod links;
 pub mod log;
 pub mod metrics;
@@ -91,6 +104,7 @@ pub mod notify;
 pub mod portmap;
 pub mod proxy;
 pub mod pump;
+pub mod reactor;
 pub mod reception;
 mod reload;
 pub mod resolver;
@@ -98,6 +112,7 @@ pub mod rules;
 pub mod setup;
 pub mod shared;
 pub mod snapshot;
+pub mod sockets;
 pub mod sorted;
 pub mod sys;
 pub mod table;

@@ -62,6 +62,8 @@ counters! {
         retries,
         /// Connections on which every endpoint failed.
         failed,
+        /// Times that an endpoint was left out because it failed.
+        ejections,
         /// Bytes from clients to endpoints.
         bytes_up,
         /// Bytes from endpoints to clients.

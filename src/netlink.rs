@@ -4,18 +4,18 @@
 use crate::sorted::{Map, Set};
 use crate::{
     proxy::{
-        cover::Prefix,
+        cover::Net,
         link::{self, Answer, DeviceKind, Link, Raw},
-        rules::DEVICE,
+        rules::{ADDRESS6, DEVICE},
     },
+    reactor::Async,
     sys::{self, Family},
     tunnel::survey::Network,
 };
 use anyhow::{Context, Result, bail};
-use smol::Async;
 use std::{
     io::{self, ErrorKind},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::OwnedFd,
     time::Duration,
 };
@@ -107,6 +107,27 @@ impl Socket {
         Ok(addresses)
     }
 
+    /// None where the kernel has no IPv6.
+    fn addresses6(&mut self) -> Vec<link::Address6> {
+        let mut addresses = Vec::new();
+        let _ = self.ask(link::dump_addresses6, |answer| {
+            if let Answer::Address6(address) = answer {
+                addresses.push(address);
+            }
+        });
+        addresses
+    }
+
+    fn routes6(&mut self) -> Vec<link::Route6> {
+        let mut routes = Vec::new();
+        let _ = self.ask(link::dump_routes6, |answer| {
+            if let Answer::Route6(route) = answer {
+                routes.push(route);
+            }
+        });
+        routes
+    }
+
     fn routes(&mut self, mut take: impl FnMut(link::Route)) -> Result<()> {
         let result = self.ask(link::dump_routes, |answer| {
             if let Answer::Route(route) = answer {
@@ -117,10 +138,10 @@ impl Socket {
     }
 
     /// Deletes a table of nftables in which nothing is; true where it did.
-    fn delete_empty_table(&mut self, name: &str) -> io::Result<bool> {
+    fn delete_empty_table(&mut self, v4: bool, name: &str) -> io::Result<bool> {
         let mut uses = None;
         let found = self.ask(
-            |seq| link::get_nft_table(seq, name),
+            |seq| link::get_nft_table(seq, v4, name),
             |answer| {
                 if let Answer::TableUse(n) = answer {
                     uses = Some(n);
@@ -134,7 +155,7 @@ impl Socket {
         if uses != Some(0) {
             return Ok(false);
         }
-        self.tell(|seq| link::delete_nft_table(seq, name)).map(|()| true)
+        self.tell(|seq| link::delete_nft_table(seq, v4, name)).map(|()| true)
     }
 }
 
@@ -170,8 +191,14 @@ pub struct Device {
 pub struct Surroundings {
     /// Interfaces of default routes, of all routing tables.
     pub default_interfaces: Set<String>,
+    /// The same of IPv6.
+    pub default_interfaces6: Set<String>,
     /// Connected networks, routes of others, gateways.
-    pub taken: Vec<Prefix>,
+    pub taken: Vec<Net>,
+    /// Of this host, but weft0's.
+    pub addresses: Vec<IpAddr>,
+    /// Whether weft0 has its address of IPv6.
+    pub has_own6: bool,
 }
 
 /// Makes weft0 where it is not there, sets it up, and gives it our address and no other IPv4 address.
@@ -197,14 +224,28 @@ pub fn ensure_device(ip: Ipv4Addr) -> Result<Device> {
     }
     let there: Vec<_> = socket.addresses()?.into_iter().filter(|a| a.index == device.index).map(|a| a.local).collect();
     for old in there.iter().filter(|a| **a != ip) {
-        let gone = socket.tell(|seq| link::delete_address(seq, device.index, *old));
+        let gone = socket.tell(|seq| link::delete_address(seq, device.index, (*old).into()));
         unless(gone, ErrorKind::AddrNotAvailable).map_err(|e| cannot("remove an old address of weft0", e))?;
     }
     if !there.contains(&ip) {
-        let added = socket.tell(|seq| link::add_address(seq, device.index, ip));
+        let added = socket.tell(|seq| link::add_address(seq, device.index, ip.into()));
         unless(added, ErrorKind::AlreadyExists).map_err(|e| cannot("give weft0 its address", e))?;
     }
     Ok(Device { index: device.index, kind: device.kind })
+}
+
+/// Gives weft0 its address of IPv6, or takes it away.
+///
+/// # Errors
+/// Where IPv6 is switched off, above all.
+pub fn set_address6(device: u32, wanted: bool) -> Result<()> {
+    let mut socket = Socket::open(Family::Route)?;
+    let (message, already): (fn(u32, u32, IpAddr) -> Vec<u8>, _) = match wanted {
+        true => (link::add_address, ErrorKind::AlreadyExists),
+        false => (link::delete_address, ErrorKind::AddrNotAvailable),
+    };
+    let done = unless(socket.tell(|seq| message(seq, device, ADDRESS6.into())), already);
+    done.map(drop).map_err(|e| cannot("set the IPv6 address of weft0", e))
 }
 
 /// Makes a device as weft0 would be and removes it; "dummy" or "bridge".
@@ -250,15 +291,17 @@ fn create(socket: &mut Socket, before: &[Link], name: &str) -> Result<()> {
 ///
 /// # Errors
 /// As the kernel's; the other routes are made all the same.
-pub fn sync_routes(device: u32, wanted: &[Prefix]) -> Result<(usize, usize)> {
+pub fn sync_routes(device: u32, wanted: &[Net]) -> Result<(usize, usize)> {
     let mut socket = Socket::open(Family::Route)?;
     let mut there = Set::new();
     socket.routes(|route| {
         if route.protocol == link::ROUTE_PROTOCOL && route.devices == [device] {
-            there.insert(route.to);
+            there.insert(Net::from(route.to));
         }
     })?;
-    let wanted: Set<Prefix> = wanted.iter().copied().collect();
+    let ours = |r: &link::Route6| r.protocol == link::ROUTE_PROTOCOL && r.devices == [device];
+    there.extend(socket.routes6().into_iter().filter(ours).map(|r| Net::new(r.to.into(), r.length)));
+    let wanted: Set<Net> = wanted.iter().copied().collect();
     let (mut added, mut removed, mut failed) = (0, 0, None);
     for prefix in wanted.difference(&there) {
         let result = socket.tell(|seq| link::add_route(seq, device, *prefix));
@@ -288,7 +331,10 @@ pub fn surroundings() -> Result<Surroundings> {
     let names: Map<u32, String> = socket.links()?.into_iter().map(|l| (l.index, l.name)).collect();
     let own = names.iter().find(|(_, name)| *name == DEVICE).map(|(index, _)| *index);
     let mut found = Surroundings::default();
-    found.taken.extend(socket.addresses()?.iter().filter(|a| Some(a.index) != own).map(|a| a.network));
+    for address in socket.addresses()?.iter().filter(|a| Some(a.index) != own) {
+        found.taken.push(address.network.into());
+        found.addresses.push(address.local.into());
+    }
     socket.routes(|route| {
         if !route.leads_out || route.protocol == link::ROUTE_PROTOCOL {
             return;
@@ -297,10 +343,28 @@ pub fn surroundings() -> Result<Surroundings> {
             let devices = route.devices.iter().filter_map(|index| names.get(index));
             found.default_interfaces.extend(devices.filter(|name| *name != DEVICE).cloned());
         } else {
-            found.taken.push(route.to);
+            found.taken.push(route.to.into());
         }
-        found.taken.extend(route.gateways.iter().map(|g| Prefix::host(*g)));
+        found.taken.extend(route.gateways.iter().map(|g| Net::host((*g).into())));
     })?;
+    for address in socket.addresses6() {
+        if Some(address.index) == own {
+            found.has_own6 |= address.local == ADDRESS6;
+        } else {
+            found.taken.push(Net::new(address.local.into(), address.length));
+            found.addresses.extend(address.fit.then_some(IpAddr::V6(address.local)));
+        }
+    }
+    for route in socket.routes6() {
+        let outside = || route.devices.iter().filter(|index| Some(**index) != own);
+        if !route.leads_out || route.protocol == link::ROUTE_PROTOCOL {
+            continue;
+        } else if route.length <= DEFAULT_LIKE {
+            found.default_interfaces6.extend(outside().filter_map(|index| names.get(index)).cloned());
+        } else if outside().next().is_some() {
+            found.taken.push(Net::new(route.to.into(), route.length));
+        }
+    }
     found.taken.sort_unstable();
     found.taken.dedup();
     Ok(found)
@@ -315,18 +379,9 @@ pub fn network() -> Result<Network> {
     let mut socket = Socket::open(Family::Route)?;
     let mut network = Network { links: socket.links()?, addresses: socket.addresses()?, ..Network::default() };
     socket.routes(|route| network.routes.extend(Some(route).filter(|r| r.leads_out)))?;
-    let _ = socket.ask(link::dump_addresses6, |answer| {
-        if let Answer::Address6(address) = answer {
-            network.addresses6.push(address);
-        }
-    });
-    let _ = socket.ask(link::dump_routes6, |answer| {
-        if let Answer::Route6(route) = answer
-            && route.leads_out
-        {
-            network.routes6.push(route);
-        }
-    });
+    network.addresses6 = socket.addresses6();
+    network.routes6 = socket.routes6();
+    network.routes6.retain(|route| route.leads_out);
     Ok(network)
 }
 
@@ -345,12 +400,12 @@ pub fn remove() -> Result<Vec<String>> {
     Ok(vec![format!("device {DEVICE} ({}), its addresses: {addresses}, its routes: {routes}", device_kind(device))])
 }
 
-/// Removes a table of nftables, of the family ip, if nothing is in it.
+/// Removes a table of nftables, of the family ip or ip6, if nothing is in it.
 ///
 /// # Errors
 /// When the kernel refuses, or has no nftables.
-pub fn remove_empty_table(name: &str) -> Result<bool> {
-    let deleted = Socket::open(Family::Netfilter)?.delete_empty_table(name);
+pub fn remove_empty_table(v4: bool, name: &str) -> Result<bool> {
+    let deleted = Socket::open(Family::Netfilter)?.delete_empty_table(v4, name);
     deleted.with_context(|| format!("cannot remove the empty table {name}"))
 }
 

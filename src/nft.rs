@@ -5,25 +5,29 @@ use crate::{
     proxy::{
         link::{Raw, messages},
         nft::{
-            ruleset::{self, INTERFACES, SERVICES, TABLE},
+            ruleset::{self, INTERFACES, OUTSIDE, SERVICES, TABLE},
             sum::Sum,
             ways::{Ways, concerns_us},
             wire::{Batch, Family, Kind, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, attr, number, request},
         },
         rules::Desired,
     },
+    reactor::Async,
     rules::Synced,
     sys,
 };
 use anyhow::{Context, Result};
 use futures_lite::future::yield_now;
-use smol::Async;
 use std::{
     io::{self, ErrorKind},
     net::IpAddr,
     os::fd::OwnedFd,
+    rc::Rc,
     time::Duration,
 };
+
+/// Those that have a table of ours.
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 /// How often a list is asked for again that changed while it was read; then the last one counts.
 const TRIES: usize = 5;
@@ -38,7 +42,14 @@ const EVENTS: usize = 64;
 #[derive(Debug)]
 pub struct Nft {
     socket: Socket,
-    applied: Option<Desired>,
+    /// Of IPv4, and of IPv6.
+    families: [Known; 2],
+}
+
+/// Of one family's table.
+#[derive(Debug, Default)]
+struct Known {
+    applied: Option<Rc<Desired>>,
     sum: Sum,
     /// Elements were changed since the sum was made.
     changed: bool,
@@ -134,6 +145,7 @@ fn sum(socket: &mut Socket, family: Family) -> io::Result<Sum> {
             (Kind::GetChain, None, None),
             (Kind::GetRule, Some(TABLE), None),
             (Kind::GetElement, Some(TABLE), Some(SERVICES)),
+            (Kind::GetElement, Some(TABLE), Some(OUTSIDE)),
             (Kind::GetElement, Some(TABLE), Some(INTERFACES)),
         ];
         for (kind, table, set) in lists {
@@ -153,42 +165,68 @@ impl Nft {
         let mut socket = Socket::open(sys::Family::Netfilter)?;
         let there = list(&mut socket, Kind::GetChain, 0, None, None, &mut |_, _| ());
         there.map_err(cannot).context("nf_tables")?;
-        Ok(Self { socket, applied: None, sum: Sum::default(), changed: false })
+        Ok(Self { socket, families: Default::default() })
     }
 
-    /// Makes the rules what is desired. Without `look` what was written last counts as being there.
+    /// Makes the rules of each family what is desired, in one transaction. Without `look` what was written last counts as
+    /// being there.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn sync(&mut self, desired: &Desired, look: bool) -> Result<Synced> {
-        let family = ruleset::family(desired.address);
-        if let Some(applied) = self.applied.as_ref().filter(|_| look) {
-            let now = sum(&mut self.socket, family).context("cannot list our rules")?;
-            let holds = now.holds(&self.sum, ruleset::count(applied)) && (self.changed || now == self.sum);
-            if holds {
-                self.sum = now;
-                self.changed = false;
-            } else {
-                log::warn!("rules: somebody has changed or flushed ours; they are put back");
-                self.applied = None;
+    pub fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
+        let Self { socket, families } = self;
+        let mut batch = Batch::default();
+        let mut fresh = [false; 2];
+        for ((known, desired), (family, fresh)) in
+            families.iter_mut().zip(desired).zip(FAMILIES.into_iter().zip(&mut fresh))
+        {
+            if look {
+                known.look(socket, family)?;
             }
+            match (&known.applied, desired) {
+                (None, Some(new)) => {
+                    ruleset::install(&mut batch, new);
+                    *fresh = true;
+                }
+                (Some(was), Some(new)) if was != new => {
+                    ruleset::change(&mut batch, was, new);
+                    known.changed = true;
+                }
+                (Some(_), None) => ruleset::remove(&mut batch, family),
+                (Some(_), Some(_)) | (None, None) => continue,
+            }
+            // Until the kernel has said that it has them.
+            known.applied = None;
         }
-        let was = self.applied.take();
-        let wrote = was.as_ref() != Some(desired);
-        if wrote {
-            let mut batch = Batch::default();
-            match &was {
-                Some(was) => ruleset::change(&mut batch, was, desired),
-                None => ruleset::install(&mut batch, desired),
+        let wrote = !batch.is_empty();
+        commit(socket, batch).map_err(cannot).context("nf_tables: the kernel refuses the rules")?;
+        let mut rules = 0;
+        for ((known, desired), (family, fresh)) in families.iter_mut().zip(desired).zip(FAMILIES.into_iter().zip(fresh))
+        {
+            if fresh {
+                known.sum = sum(socket, family).context("cannot list our rules")?;
+                known.changed = false;
             }
-            commit(&mut self.socket, batch).map_err(cannot).context("nf_tables: the kernel refuses the rules")?;
-            self.changed = was.is_some();
-            if was.is_none() {
-                self.sum = sum(&mut self.socket, family).context("cannot list our rules")?;
-            }
+            known.applied.clone_from(desired);
+            rules += desired.as_ref().map_or(0, |desired| known.sum.rules + ruleset::count(desired));
         }
-        self.applied = Some(desired.clone());
-        Ok(Synced { wrote, rules: self.sum.rules + ruleset::count(desired) })
+        Ok(Synced { wrote, rules })
+    }
+}
+
+impl Known {
+    /// Looks whether what was written is still there, and forgets it where it is not.
+    fn look(&mut self, socket: &mut Socket, family: Family) -> Result<()> {
+        let Some(applied) = &self.applied else { return Ok(()) };
+        let now = sum(socket, family).context("cannot list our rules")?;
+        if now.holds(&self.sum, ruleset::count(applied)) && (self.changed || now == self.sum) {
+            self.sum = now;
+            self.changed = false;
+        } else {
+            log::warn!("rules: somebody has changed or flushed ours; they are put back");
+            self.applied = None;
+        }
+        Ok(())
     }
 }
 
@@ -216,28 +254,31 @@ fn ways(socket: &mut Socket) -> io::Result<Ways> {
     Ok(ways)
 }
 
-/// Sees to it that no input chain of others drops what was redirected to `own`: in each that would is one rule of
-/// ours. Says what it could not do.
+/// Sees to it that no input chain of others drops what was redirected to one of `own`: in each that would is one rule of
+/// ours for each. Says what it could not do.
 ///
 /// # Errors
 /// When the kernel's chains cannot be listed; a kernel without nf_tables has none.
-pub fn open_ways(own: IpAddr, skip_iptables: bool) -> Result<Vec<String>> {
+pub fn open_ways(own: &[IpAddr], skip_iptables: bool) -> Result<Vec<String>> {
     let mut socket = Socket::open(sys::Family::Netfilter)?;
     let found = match ways(&mut socket) {
         Err(e) if is_absent(&e) => return Ok(Vec::new()),
         found => found.context("cannot list the chains of nf_tables")?,
     };
     let mut notes = Vec::new();
-    for way in found.missing(ruleset::family(own), skip_iptables) {
-        let mut batch = Batch::default();
-        ruleset::open_way(&mut batch, &way, own);
-        match commit(&mut socket, batch) {
-            Ok(()) => log::info!("rules: {way} would drop connections to Services: one rule of ours lets them in"),
-            // A table that belongs to a running program, firewalld for one: it has to be told by its own means.
-            Err(e) => notes.push(format!("{way} may drop connections to Services, and takes no rule: {e}")),
+    for own in own {
+        for way in found.missing(ruleset::family(*own), skip_iptables) {
+            let mut batch = Batch::default();
+            ruleset::open_way(&mut batch, &way, *own);
+            match commit(&mut socket, batch) {
+                Ok(()) => log::info!("rules: {way} would drop connections to Services: one rule of ours lets them in"),
+                // A table that belongs to a running program, firewalld for one: it has to be told by its own means.
+                Err(e) => notes.push(format!("{way} may drop connections to Services, and takes no rule: {e}")),
+            }
         }
     }
-    for (way, handle) in found.spare() {
+    let served: Vec<_> = own.iter().map(|own| ruleset::family(*own)).collect();
+    for (way, _, handle) in found.spare(&served) {
         let mut batch = Batch::default();
         ruleset::close_way(&mut batch, &way, handle);
         if let Err(e) = commit(&mut socket, batch) {
@@ -301,7 +342,7 @@ pub fn remove() -> Result<Vec<String>> {
         found => found.map_err(cannot).context("nf_tables")?,
     };
     let mut done = Vec::new();
-    for family in [Family::V4, Family::V6] {
+    for family in FAMILIES {
         let there = sum(&mut socket, family).context("nf_tables")?;
         if !there.is_empty() {
             let mut batch = Batch::default();
@@ -311,7 +352,7 @@ pub fn remove() -> Result<Vec<String>> {
             done.push(format!("table {family} {TABLE} of nf_tables: {rules} rules and {elements} elements"));
         }
     }
-    for (way, handle) in found.ours() {
+    for (way, _, handle) in found.ours() {
         let mut batch = Batch::default();
         ruleset::close_way(&mut batch, way, *handle);
         match commit(&mut socket, batch) {

@@ -3,6 +3,7 @@
 
 pub mod cover;
 pub mod flows;
+pub(crate) mod head;
 pub mod iptables;
 pub mod link;
 pub mod nft;
@@ -12,8 +13,11 @@ pub mod udp;
 use crate::{
     clock::Clock,
     config::ProxyConfig,
+    first::{self, Early, early},
+    lease::{Lease, Moved},
     metrics::{ProxyCounters, bump},
     pump::{self, Pool},
+    reactor::{Async, LocalExecutor, Timer},
     shared::{Bell, Reader},
     sys,
     table::{
@@ -26,19 +30,17 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use futures_lite::{
-    AsyncWrite, AsyncWriteExt,
-    future::{or, poll_fn, yield_now, zip},
+    AsyncWriteExt,
+    future::{or, yield_now, zip},
 };
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     fs::File,
     io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
-    pin::Pin,
+    pin::pin,
     rc::Rc,
-    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -49,8 +51,6 @@ const CONNECT: Duration = Duration::from_secs(3);
 const OPEN: Duration = Duration::from_secs(10);
 /// Endpoints that one connection is tried on at most.
 const TRIES: usize = 4;
-/// Bytes of a client that travel right behind an OPEN, before the far end has answered.
-const EARLY: usize = 16 * 1024;
 /// Connections that are accepted before the others may run.
 const BATCH: usize = 64;
 /// The pause after an accept that failed for want of memory or descriptors: they come back when
@@ -62,6 +62,8 @@ const QUIET: Duration = Duration::from_secs(1);
 /// The TCP proxy; see the module.
 pub struct Proxy {
     listener: Async<TcpListener>,
+    /// None where the kernel has no IPv6.
+    listener6: Option<Async<TcpListener>>,
     shared: Rc<Shared>,
     executor: Rc<LocalExecutor<'static>>,
     udp: Rc<Udp>,
@@ -69,17 +71,21 @@ pub struct Proxy {
 
 /// What all sessions share.
 pub(crate) struct Shared {
+    /// Where we listen; of IPv6 where the kernel has it.
     pub(crate) own: SocketAddr,
+    pub(crate) own6: Option<SocketAddr>,
     mark: u32,
     /// Connections and peers' streams at one time; beyond it a new one is refused at once.
     most: usize,
     pub(crate) here: Here,
-    pub(crate) balancer: RefCell<Balancer>,
+    pub(crate) balancer: Rc<RefCell<Balancer>>,
     pub(crate) table: Reader<Table>,
     pub(crate) tunnel: Reader<Option<tunnel::Handle>>,
     pub(crate) counters: Rc<ProxyCounters>,
     pub(crate) clock: Clock,
     pub(crate) pool: Pool,
+    /// Bytes of datagrams that wait for the tunnel.
+    pub(crate) queued: Rc<Cell<usize>>,
     sessions: Cell<usize>,
     leaving: Cell<bool>,
     /// Rings when we are to leave, and when no session is left.
@@ -150,7 +156,7 @@ impl Proxy {
         cfg: &ProxyConfig,
         listen: IpAddr,
         here: Here,
-        balancer: Balancer,
+        balancer: Rc<RefCell<Balancer>>,
         table: Reader<Table>,
         tunnel: Reader<Option<tunnel::Handle>>,
         counters: Rc<ProxyCounters>,
@@ -160,17 +166,23 @@ impl Proxy {
         let listener = sys::tcp_listener(&wanted).with_context(|| format!("cannot listen on {listen}"))?;
         // Inherited by what is accepted.
         pump::prepare(&listener)?;
+        let listener6 = sys::tcp_listener(&SocketAddr::new(rules::ADDRESS6.into(), 0))
+            .and_then(|listener6| pump::prepare(&listener6).map(|()| listener6))
+            .map_err(|e| log::info!("Services have no IPv6 here: {e}"))
+            .ok();
         let shared = Shared {
             own: listener.local_addr()?,
+            own6: listener6.as_ref().map(TcpListener::local_addr).transpose()?,
             mark: cfg.mark,
-            most: cfg.max_connections,
+            most: pump::room(cfg.max_connections),
             here,
-            balancer: RefCell::new(balancer),
+            balancer,
             table,
             tunnel,
             counters,
             clock,
             pool: Pool::default(),
+            queued: Rc::default(),
             sessions: Cell::new(0),
             leaving: Cell::new(false),
             leave: Bell::default(),
@@ -179,7 +191,8 @@ impl Proxy {
         };
         let (shared, executor) = (Rc::new(shared), Rc::new(LocalExecutor::new()));
         let udp = Udp::new(Rc::clone(&shared), Rc::downgrade(&executor));
-        Ok(Self { listener: Async::new_nonblocking(listener)?, shared, executor, udp })
+        let listener6 = listener6.map(Async::new_nonblocking).transpose()?;
+        Ok(Self { listener: Async::new_nonblocking(listener)?, listener6, shared, executor, udp })
     }
 
     /// Where the rules send datagrams of UDP Services to.
@@ -194,6 +207,12 @@ impl Proxy {
         self.shared.own.port()
     }
 
+    /// The same for IPv6; None: the kernel has none.
+    #[must_use]
+    pub fn port6(&self) -> Option<u16> {
+        self.shared.own6.map(|own| own.port())
+    }
+
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain(Rc::clone(&self.shared))
@@ -204,15 +223,21 @@ impl Proxy {
     /// # Errors
     /// When the event loop no longer knows the listener.
     pub async fn run(self) -> Result<()> {
-        let Self { listener, shared, executor, udp } = self;
+        let Self { listener, listener6, shared, executor, udp } = self;
         let drain = Drain(Rc::clone(&shared));
         let tcp = async {
             let begun = async {
                 drain.begun().await;
                 Ok(())
             };
-            or(accept(&listener, &shared, &executor), begun).await.context("listener")?;
-            drop(listener);
+            let sixth = async {
+                match &listener6 {
+                    Some(listener) => accept(listener, &shared, &executor).await,
+                    None => std::future::pending().await,
+                }
+            };
+            or(or(accept(&listener, &shared, &executor), sixth), begun).await.context("listener")?;
+            drop((listener, listener6));
             drain.idle().await;
             Ok(())
         };
@@ -235,7 +260,7 @@ async fn accept<'x>(
     loop {
         listener.readable().await?;
         for _ in 0..BATCH {
-            match listener.get_ref().accept() {
+            match sys::accept(listener.get_ref()) {
                 Ok((client, from)) => match Shared::place(shared) {
                     Some(place) => sessions.spawn(async move { place.0.client(client, from.ip()).await }).detach(),
                     None => shared.full(&client),
@@ -307,7 +332,7 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
             Err(e) => Refusal::ConnectFailed(e.to_string()),
         }
     } else {
-        match shared.dial(&open.endpoint).await {
+        match shared.dial(&open.endpoint, CONNECT).await {
             Ok(socket) => {
                 stream.answer(&Ok(()));
                 let counters = &shared.counters;
@@ -344,6 +369,10 @@ impl Shared {
         })
     }
 
+    fn is_own(&self, ip: IpAddr) -> bool {
+        ip == self.own.ip() || ip == rules::ADDRESS6
+    }
+
     fn full(&self, client: &TcpStream) {
         bump(&self.counters.refused_full);
         reset(client);
@@ -362,38 +391,42 @@ impl Shared {
     async fn client(&self, client: TcpStream, from: IpAddr) {
         bump(&self.counters.accepted);
         let destination = match sys::original_dst(&client) {
-            Ok(to) if to.ip() != self.own.ip() => to,
+            Ok(to) if !self.is_own(to.ip()) => to,
             Ok(_) | Err(_) => {
                 bump(&self.counters.refused_surface);
                 return reset(&client);
             }
         };
-        let mut client = match Async::new(client) {
+        let mut client = match Async::new_nonblocking(client) {
             Ok(client) => client,
             Err(e) => return self.say(|| format!("{e}")),
         };
         let mut tried: Vec<SocketAddr> = Vec::new();
+        let first = Ask { destination, protocol: Protocol::Tcp, client: from, tried: &[] };
+        let key = match self.table.read(|t| t.wants_header(&first)) {
+            Some(name) => first::key(&self.pool, &client, &name).await,
+            None => None,
+        };
         while tried.len() < TRIES {
-            let ask = Ask { destination, protocol: Protocol::Tcp, client: from, tried: &tried };
-            let now = self.clock.now();
-            let target = self.table.read(|t| t.route(&self.here, ask, &mut self.balancer.borrow_mut(), now));
-            let address = match &target {
-                Ok(Target::Local(address) | Target::Remote { address, .. }) => *address,
+            let (target, to) = match Lease::take(self, Ask { tried: &tried, ..first }, key) {
+                Ok(picked) => picked,
                 Err(NoTarget::NotAService) => {
                     bump(&self.counters.refused_surface);
                     return reset(client.get_ref());
                 }
+                Err(NoTarget::Full) => return self.full(client.get_ref()),
                 Err(NoTarget::NoEndpoint) => break,
             };
+            let address = to.address;
             if !tried.is_empty() {
                 bump(&self.counters.retries);
             }
             let (attempt, back) = match target {
-                Ok(Target::Remote { node, service, port, address }) => {
+                Target::Remote { node, service, port, address } => {
                     let open = Open { service, port, protocol: Protocol::Tcp, endpoint: address };
-                    self.remote(client, &node, &open).await
+                    self.remote(client, &node, &open, &to).await
                 }
-                Ok(Target::Local(_)) | Err(_) => self.local(client, &address).await,
+                Target::Local(_) => self.local(client, &to).await,
             };
             match (attempt, back) {
                 (Attempt::Failed(why), Some(back)) => {
@@ -414,18 +447,31 @@ impl Shared {
         reset(client.get_ref());
     }
 
-    async fn local(&self, client: Async<TcpStream>, to: &SocketAddr) -> (Attempt, Option<Async<TcpStream>>) {
-        match self.dial(to).await {
-            Err(e) => (Attempt::Failed(e.to_string()), Some(client)),
+    async fn local(&self, client: Async<TcpStream>, to: &Lease<'_>) -> (Attempt, Option<Async<TcpStream>>) {
+        let connect = to.patience().unwrap_or(CONNECT);
+        match self.dial(&to.address, connect).await {
+            Err(e) => {
+                to.failed();
+                (Attempt::Failed(e.to_string()), Some(client))
+            }
             Ok(server) => {
-                let counters = &self.counters;
-                let done = pump::sockets(&self.pool, client, server, &counters.bytes_up, &counters.bytes_down).await;
+                to.worked();
+                to.prepare(&server);
+                let own = Moved::default();
+                let [up, down] = to.counts(&own);
+                let done = to.limited(pin!(pump::sockets(&self.pool, client, server, up, down)), &own).await;
                 (Attempt::Done(done), None)
             }
         }
     }
 
-    async fn remote(&self, client: Async<TcpStream>, node: &str, open: &Open) -> (Attempt, Option<Async<TcpStream>>) {
+    async fn remote(
+        &self,
+        client: Async<TcpStream>,
+        node: &str,
+        open: &Open,
+        to: &Lease<'_>,
+    ) -> (Attempt, Option<Async<TcpStream>>) {
         let Some(tunnel) = self.tunnel.read(Clone::clone) else {
             return (Attempt::Failed(format!("it is on {node}, and the tunnel is off")), Some(client));
         };
@@ -434,15 +480,18 @@ impl Shared {
             Ok(sent) => sent,
             Err(refusal) => {
                 self.say(|| format!("{node} refused {}: {refusal}", open.endpoint));
+                to.failed();
                 return (Attempt::Failed(refusal.to_string()), Some(client));
             }
         };
+        to.worked();
         if let Err(e) = pump::take(client.get_ref(), sent) {
             return (Attempt::Done(Err(e)), None);
         }
         crate::metrics::add(&self.counters.bytes_up, sent as u64);
-        let counters = &self.counters;
-        let done = pump::stream(&self.pool, client, stream, &counters.bytes_up, &counters.bytes_down).await;
+        let own = Moved::default();
+        let [up, down] = to.counts(&own);
+        let done = to.limited(pin!(pump::stream(&self.pool, client, stream, up, down)), &own).await;
         (Attempt::Done(done), None)
     }
 
@@ -481,7 +530,7 @@ impl Shared {
 
     /// Puts our mark on a socket, so that the rules leave it alone.
     fn prepare(&self, socket: &impl AsFd, to: &SocketAddr) -> io::Result<()> {
-        if to.ip() == self.own.ip() {
+        if self.is_own(to.ip()) {
             return Err(io::Error::other("this is our own address"));
         }
         if let Err(e) = sys::set_mark(socket, self.mark) {
@@ -506,78 +555,26 @@ impl Shared {
     }
 
     /// Connects with our mark.
-    async fn dial(&self, to: &SocketAddr) -> io::Result<Async<TcpStream>> {
+    async fn dial(&self, to: &SocketAddr, patience: Duration) -> io::Result<Async<TcpStream>> {
         let socket = sys::tcp_socket(to)?;
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
         sys::connect(&socket, to)?;
+        // On this machine it is connected as soon as it is asked for.
+        let done = socket.peer_addr().is_ok();
         let socket = Async::new_nonblocking(socket)?;
+        if done {
+            return Ok(socket);
+        }
         let connected = async {
             socket.writable().await?;
             socket.get_ref().take_error()?.map_or(Ok(()), Err)
         };
         let timeout = async {
-            Timer::after(CONNECT).await;
+            Timer::after(patience).await;
             Err(ErrorKind::TimedOut.into())
         };
         or(connected, timeout).await?;
         Ok(socket)
-    }
-}
-
-/// What became of the client's first bytes.
-#[derive(Debug, PartialEq, Eq)]
-enum Early {
-    Sent(usize),
-    Nothing,
-    /// The client has ended or failed, or the stream takes nothing: the pump will see to it.
-    Never,
-}
-
-/// Writes to the stream what waits in the socket, and leaves it there.
-async fn early(pool: &Pool, client: &TcpStream, stream: &mut (impl AsyncWrite + Unpin)) -> Early {
-    poll_fn(|cx| {
-        Poll::Ready(pool.scratch(|scratch| {
-            let waiting = match client.peek(&mut scratch[..EARLY]) {
-                Ok(0) => return Early::Never,
-                Ok(n) => &scratch[..n],
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Early::Nothing,
-                Err(_) => return Early::Never,
-            };
-            match Pin::new(&mut *stream).poll_write(cx, waiting) {
-                Poll::Ready(Ok(n)) => Early::Sent(n),
-                Poll::Ready(Err(_)) | Poll::Pending => Early::Never,
-            }
-        }))
-    })
-    .await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures_lite::future::block_on;
-    use std::io::{Read, Write};
-
-    #[test]
-    fn early_bytes_are_sent_on_and_stay_in_the_socket() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut socket = listener.accept().unwrap().0;
-        socket.set_nonblocking(true).unwrap();
-        let (pool, mut stream) = (Pool::default(), Vec::new());
-        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Nothing);
-        client.write_all(b"GET /").unwrap();
-        while block_on(early(&pool, &socket, &mut stream)) == Early::Nothing {}
-        assert_eq!(stream, b"GET /");
-        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Sent(5));
-        client.write_all(b" HTTP").unwrap();
-        drop(client);
-        pump::take(&socket, 5).unwrap();
-        socket.set_nonblocking(false).unwrap();
-        let mut rest = String::new();
-        socket.read_to_string(&mut rest).unwrap();
-        assert_eq!(rest, " HTTP");
-        assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Never);
     }
 }

@@ -1,12 +1,12 @@
-//! Two-way copy with half-close: splice(2) between two sockets, peek and write between a socket and a
-//! tunnel stream. An idle connection owns neither buffer nor pipe.
+//! Two-way copy with half-close: splice(2) between two sockets where there is much to move and a copy where there is
+//! little, peek and write between a socket and a tunnel stream. An idle connection owns neither buffer nor pipe.
 
+use crate::reactor::Async;
 use crate::{metrics::add, sys};
 use futures_lite::{
     future::{poll_fn, try_zip, yield_now},
     io::{AsyncRead, AsyncWrite},
 };
-use smol::Async;
 use std::{
     cell::{Cell, RefCell},
     io::{self, ErrorKind, Read, Write},
@@ -35,15 +35,16 @@ const PIPES: usize = 32;
 const PIPES_IDLE: usize = 8;
 
 /// What a direction without a pipe, or one that comes out of the tunnel, takes at a time: the most that
-/// one connection holds while its reader stalls.
+/// one connection holds while its reader stalls. Where there is less a copy costs half of what a pipe's two calls do.
 const HELD: usize = 8 * 1024;
+
+/// Descriptors that are left to all else: DNS, the tunnel, the API; sessions of UDP give way by themselves.
+const OTHERS: u64 = 128;
 
 /// Below the 2 h after which many firewalls forget an established connection (RFC 5382, REQ-5), and far
 /// above what a battery would notice.
-const KEEPALIVE: Duration = Duration::from_secs(120);
-/// With four probes a dead peer is found within four minutes.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(30);
-const KEEPALIVE_PROBES: u8 = 4;
+/// With four probes, 30 s apart, a dead peer is found within four minutes.
+pub(crate) const KEEPALIVE: (Duration, Duration, u8) = (Duration::from_secs(120), Duration::from_secs(30), 4);
 
 /// Sets what each relayed connection needs; on a listener the accepted ones inherit it.
 ///
@@ -51,7 +52,20 @@ const KEEPALIVE_PROBES: u8 = 4;
 /// As setsockopt(2).
 pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
     sys::nodelay(socket)?;
-    sys::keepalive(socket, KEEPALIVE, KEEPALIVE_EVERY, KEEPALIVE_PROBES)
+    let (idle, every, probes) = KEEPALIVE;
+    sys::keepalive(socket, idle, every, probes)
+}
+
+/// How many connections the process has descriptors for, two for each, and `wanted` at most; says so where they are less.
+pub fn room(wanted: usize) -> usize {
+    let Ok(limit) = sys::raise_nofile() else { return wanted };
+    let room = usize::try_from(limit.saturating_sub(OTHERS) / 2).unwrap_or(usize::MAX).max(1);
+    if room < wanted {
+        log::warn!(
+            "at most {room} connections at once, not {wanted}: only {limit} open files are allowed (ulimit -Hn)"
+        );
+    }
+    room.min(wanted)
 }
 
 #[derive(Debug)]
@@ -139,6 +153,15 @@ fn would_block(e: &io::Error) -> bool {
     e.kind() == ErrorKind::WouldBlock
 }
 
+/// As [`Async::readable`] for one who waits alone, without a place in a list for it: half of what an idle connection is.
+async fn readable(socket: &Async<TcpStream>) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_readable(cx)).await
+}
+
+async fn writable(socket: &Async<TcpStream>) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_writable(cx)).await
+}
+
 /// Closes our direction; a peer that is gone already is no error here, the other direction will tell.
 fn finish(to: &TcpStream) -> io::Result<()> {
     match to.shutdown(Shutdown::Write) {
@@ -156,7 +179,8 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`.
+/// Relays between two sockets until both directions have ended. `up` counts the bytes from `a` to `b`; something may
+/// wait in `a` already.
 ///
 /// # Errors
 /// When one of them fails: then both are reset, so that neither takes a cut answer for a whole one.
@@ -168,20 +192,38 @@ pub async fn sockets(
     down: &Cell<u64>,
 ) -> io::Result<()> {
     let unfinished = [Unfinished(&a), Unfinished(&b)];
-    try_zip(one_way(pool, &a, &b, up), one_way(pool, &b, &a, down)).await?;
+    let last = Cell::new(false);
+    let back = async {
+        readable(&b).await?;
+        one_way(pool, &b, &a, down, &last).await
+    };
+    try_zip(one_way(pool, &a, &b, up, &last), back).await?;
     unfinished.into_iter().for_each(std::mem::forget);
     Ok(())
 }
 
-async fn one_way(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<()> {
+/// `last`: whether the other direction has ended. Then so does the connection, and its close says what a shutdown would.
+async fn one_way(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+    last: &Cell<bool>,
+) -> io::Result<()> {
+    // As long as it moves much, no copy is tried.
+    let mut much = false;
     loop {
-        let burst = match pool.take() {
+        let (burst, moved) = match if much { pool.take() } else { None } {
             Some(loan) => spliced(loan, from, to, count).await?,
             None => copied(pool, from, to, count).await?,
         };
+        let before = std::mem::replace(&mut much, moved >= HELD);
         match burst {
-            Burst::Dry => from.readable().await?,
+            Burst::Dry => readable(from).await?,
+            // More than a copy is for: it goes on by a pipe.
+            Burst::Spent if !before => {}
             Burst::Spent => yield_now().await,
+            Burst::End if last.replace(true) => return Ok(()),
             Burst::End => return finish(to.get_ref()),
         }
     }
@@ -192,8 +234,8 @@ async fn spliced(
     from: &Async<TcpStream>,
     to: &Async<TcpStream>,
     count: &Cell<u64>,
-) -> io::Result<Burst> {
-    let Some(pipe) = &loan.pipe else { return Ok(Burst::Spent) };
+) -> io::Result<(Burst, usize)> {
+    let Some(pipe) = &loan.pipe else { return Ok((Burst::Spent, 0)) };
     let mut moved = 0;
     let burst = loop {
         let mut full = match sys::splice(from, &pipe.into, CHUNK) {
@@ -211,7 +253,7 @@ async fn spliced(
                     full -= n;
                     add(count, n as u64);
                 }
-                Err(e) if would_block(&e) => to.writable().await?,
+                Err(e) if would_block(&e) => writable(to).await?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -221,20 +263,29 @@ async fn spliced(
         }
     };
     loan.give_back();
-    Ok(burst)
+    Ok((burst, moved))
 }
 
-/// One read into the scratch buffer and its write; only what would not write is kept.
-async fn copied(pool: &Pool, from: &Async<TcpStream>, to: &Async<TcpStream>, count: &Cell<u64>) -> io::Result<Burst> {
+/// One read into the scratch buffer and its write; only what would not write is kept. Where it did not fill the buffer
+/// there is hardly more: the next look is epoll's.
+async fn copied(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &Async<TcpStream>,
+    count: &Cell<u64>,
+) -> io::Result<(Burst, usize)> {
     let rest = pool.scratch(|scratch| {
         let n = from.get_ref().read(&mut scratch[..HELD])?;
         write_now(to.get_ref(), &scratch[..n], count).map(|rest| (n, rest.to_vec()))
     });
     match rest {
-        Ok((0, _)) => Ok(Burst::End),
-        Ok((_, rest)) => write_rest(to, &rest, count).await.map(|()| Burst::Spent),
-        Err(e) if would_block(&e) => Ok(Burst::Dry),
-        Err(e) if e.kind() == ErrorKind::Interrupted => Ok(Burst::Spent),
+        Ok((0, _)) => Ok((Burst::End, 0)),
+        Ok((n, rest)) => {
+            write_rest(to, &rest, count).await?;
+            Ok((if n < HELD { Burst::Dry } else { Burst::Spent }, n))
+        }
+        Err(e) if would_block(&e) => Ok((Burst::Dry, 0)),
+        Err(e) if e.kind() == ErrorKind::Interrupted => Ok((Burst::Spent, 0)),
         Err(e) => Err(e),
     }
 }
@@ -258,7 +309,7 @@ fn write_now<'b>(mut to: &TcpStream, mut bytes: &'b [u8], count: &Cell<u64>) -> 
 
 async fn write_rest(to: &Async<TcpStream>, mut bytes: &[u8], count: &Cell<u64>) -> io::Result<()> {
     while !bytes.is_empty() {
-        to.writable().await?;
+        writable(to).await?;
         bytes = write_now(to.get_ref(), bytes, count)?;
     }
     Ok(())
@@ -317,7 +368,7 @@ async fn into_stream<S: AsyncWrite + Unpin>(
         match step {
             Burst::Dry => {
                 poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_flush(cx)).await?;
-                from.readable().await?;
+                readable(from).await?;
             }
             Burst::Spent if moved >= BUDGET => {
                 moved = 0;
@@ -376,8 +427,8 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reactor::LocalExecutor;
     use futures_lite::{AsyncReadExt, AsyncWriteExt};
-    use smol::LocalExecutor;
     use std::{net::TcpListener, rc::Rc};
 
     fn pair() -> (Async<TcpStream>, Async<TcpStream>) {
@@ -389,17 +440,20 @@ mod tests {
     #[test]
     fn an_idle_connection_owns_no_pipe_and_a_finished_one_none_either() {
         let ex = LocalExecutor::new();
-        smol::block_on(ex.run(async {
+        crate::reactor::block_on(ex.run(async {
             let pool = Rc::new(Pool::default());
             let ((mut client, a), (b, mut server)) = (pair(), pair());
             let other = pool.clone();
             let relay = ex.spawn(async move { sockets(&other, a, b, &Cell::new(0), &Cell::new(0)).await });
-            client.write_all(b"ping").await.unwrap();
-            server.read_exact(&mut [0; 4]).await.unwrap();
-            while pool.taken.get() > 0 {
-                yield_now().await;
+            let much = [7; 4 * HELD];
+            for (bytes, pipes) in [(&much[..4], 0), (&much[..], 1)] {
+                client.write_all(bytes).await.unwrap();
+                server.read_exact(&mut vec![0; bytes.len()]).await.unwrap();
+                while pool.taken.get() > 0 {
+                    yield_now().await;
+                }
+                assert_eq!(pool.idle.borrow().len(), pipes, "{} bytes", bytes.len());
             }
-            assert_eq!(pool.idle.borrow().len(), 1);
             drop((client, server));
             relay.await.unwrap();
             assert_eq!((pool.taken.get(), pool.idle.borrow().len()), (0, 1));

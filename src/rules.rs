@@ -7,24 +7,24 @@ use crate::{
     clock::Clock,
     config::{Backend, ProxyConfig},
     conntrack,
+    ears::Ears,
     iptables::{self, Iptables},
     metrics::{ProxyCounters, add, bump},
-    netlink::{self, Monitor},
+    netlink,
     nft::{self, Nft},
     proxy::{
         cover, flows,
-        rules::{self, Catch, DEVICE, Desired, Ports},
+        rules::{self, ADDRESS6, Catch, DEVICE, Desired, Ports, Sources},
         udp,
     },
+    reactor::Timer,
     shared::{Bell, Listener, Reader, Writer},
-    table::Table,
+    table::{Table, balance::Here},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use futures_lite::future::or;
-use smol::Timer;
 use std::{
     cell::Cell,
-    io,
     net::{IpAddr, Ipv4Addr},
     rc::Rc,
     time::{Duration, Instant},
@@ -35,7 +35,7 @@ const LULL: Duration = Duration::from_millis(50);
 /// The least time between two syncs, and so the most that churn can put one off.
 const GAP: Duration = Duration::from_secs(1);
 /// How often we look whether somebody flushed our rules: a firewall's reload tells nobody.
-const RECHECK: Duration = Duration::from_secs(30);
+pub(crate) const RECHECK: Duration = Duration::from_secs(30);
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
 /// How long `undo` waits for a sync under way: longer than a program may take.
@@ -128,6 +128,8 @@ pub struct Orders {
     /// Where our parts listen on weft0's address.
     pub ports: Ports,
     pub udp: Reader<udp::Ports>,
+    /// Of which the node's name counts.
+    pub here: Here,
 }
 
 /// The driver; see the module.
@@ -158,23 +160,46 @@ enum Writes {
     Nft(Nft),
 }
 
+impl Writes {
+    fn name(&self) -> &str {
+        match self {
+            Self::Iptables(iptables) => iptables.version(),
+            Self::Nft(_) => "nf_tables",
+        }
+    }
+
+    async fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
+        match self {
+            Self::Iptables(iptables) => iptables.sync(desired, look).await,
+            Self::Nft(nft) => nft.sync(desired, look),
+        }
+    }
+}
+
 /// What we know of the kernel from the last sync.
 #[derive(Debug, Default)]
 struct Known {
     writes: Option<Writes>,
     checked: Option<Instant>,
-    /// What conntrack's entries were held against.
-    settled: Option<Desired>,
+    /// What conntrack's entries of each family were held against.
+    settled: [Option<Rc<Desired>>; 2],
     /// Of nf_tables, when we had last looked and written.
     generation: Option<u32>,
     /// Of the rules by nf_tables, the last time.
     refused: bool,
     /// What chains of others would not let us do.
     ways: Vec<String>,
+    /// External addresses that no Service may have.
+    guarded: Option<String>,
     /// Why UDP's old flows could not be looked at.
     flows: Option<String>,
     /// The last that were found: while the uplink is down nobody on it may become a client.
     default_interfaces: Set<String>,
+    default_interfaces6: Set<String>,
+    /// Of this host, but weft0's.
+    addresses: Vec<IpAddr>,
+    /// Whether there is something to be served by IPv6, and weft0 has an address for it.
+    has_ipv6: bool,
 }
 
 impl Rules {
@@ -294,12 +319,18 @@ impl Rules {
         good
     }
 
-    /// weft0, its address and its routes.
+    /// weft0, its addresses and its routes.
     fn sync_device(&self, known: &mut Known, status: &mut Status, orders: &Orders) -> Result<()> {
         let around = netlink::surroundings()?;
-        if !around.default_interfaces.is_empty() {
-            known.default_interfaces = around.default_interfaces;
+        for (known, found) in [
+            (&mut known.default_interfaces, around.default_interfaces),
+            (&mut known.default_interfaces6, around.default_interfaces6),
+        ] {
+            if !found.is_empty() {
+                *known = found;
+            }
         }
+        known.addresses = around.addresses;
         let device = match netlink::ensure_device(self.address) {
             Ok(device) => device,
             Err(e) => {
@@ -312,59 +343,99 @@ impl Rules {
         }
         status.device = device.kind;
         // A bridge without ports has no carrier. It is our own device: nobody else's setting is changed.
-        let ignored = format!("/proc/sys/net/ipv4/conf/{DEVICE}/ignore_routes_with_linkdown");
-        if setting(&ignored).is_some_and(|v| v != "0") {
-            std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
+        for family in ["ipv4", "ipv6"] {
+            let ignored = format!("/proc/sys/net/{family}/conf/{DEVICE}/ignore_routes_with_linkdown");
+            if setting(&ignored).is_some_and(|v| v != "0") {
+                std::fs::write(&ignored, "0").with_context(|| format!("{ignored} must be 0"))?;
+            }
         }
-        let wanted = if orders.ports.proxy.is_some() || orders.ports.take_over.is_some() {
-            let of = |t: &Table| rules::addresses_of(t, &orders.cfg, self.address, &orders.ports);
-            let (vips, mut avoid) = self.table.read(of);
-            avoid.extend(around.taken);
-            cover::cover(&vips, &avoid)
-        } else {
-            cover::Cover::default()
-        };
-        let (added, removed) = netlink::sync_routes(device.index, &wanted.prefixes)?;
+        let of = |own| self.table.read(|t| rules::addresses_of(t, &orders.cfg, own, &orders.ports));
+        let (mut vips, mut avoid) = of(self.address.into());
+        let (vips6, avoid6) = of(ADDRESS6.into());
+        known.has_ipv6 = !vips6.is_empty();
+        status.notes = notes(known.has_ipv6);
+        if known.has_ipv6 != around.has_own6
+            && let Err(e) = netlink::set_address6(device.index, known.has_ipv6)
+        {
+            known.has_ipv6 = false;
+            status.notes.push(format!("Services have no IPv6 here: {e:#}"));
+        }
+        if known.has_ipv6 {
+            vips.extend(vips6);
+            avoid.extend(avoid6);
+        }
+        avoid.extend(around.taken);
+        let wanted = cover::cover(&vips, &avoid);
+        let (added, removed) = netlink::sync_routes(device.index, &wanted.nets)?;
         if added + removed > 0 {
-            let all: Vec<_> = wanted.prefixes.iter().map(ToString::to_string).collect();
+            let all: Vec<_> = wanted.nets.iter().map(ToString::to_string).collect();
             log::info!("routes to {DEVICE}: {} ({added} new, {removed} gone)", all.join(" "));
         }
-        status.routes = wanted.prefixes.len();
-        status.notes = notes(wanted.left_out);
+        status.routes = wanted.nets.len();
+        if wanted.left_out > 0 {
+            let left_out = wanted.left_out;
+            status.notes.push(format!("{left_out} virtual addresses are reached only while there is a default route"));
+        }
         Ok(())
     }
 
-    async fn sync_rules(&self, known: &mut Known, status: &mut Status, orders: &Orders) -> Result<()> {
-        let catch = Catch::new(&orders.cfg.interfaces, &known.default_interfaces).map_err(anyhow::Error::msg)?;
-        let (Catch::Only(names) | Catch::AllBut(names)) = &catch;
-        status.interfaces.clone_from(names);
-        let Orders { cfg, ports, udp, .. } = orders;
-        let desired = udp.read(|udp| self.table.read(|t| Desired::new(t, cfg, self.address, ports, udp, catch)));
-        if desired.left_out > 0 {
-            status.notes.push(format!("{} ports of Services are beyond the bound of rules", desired.left_out));
+    fn desired(&self, known: &Known, own: IpAddr, orders: &Orders) -> Result<Rc<Desired>> {
+        let Orders { cfg, ports, udp, here, .. } = orders;
+        let mut outside = known.default_interfaces.clone();
+        if own.is_ipv6() {
+            outside.extend(known.default_interfaces6.iter().cloned());
         }
+        let catch = Catch::new(&cfg.interfaces, &outside).map_err(anyhow::Error::msg)?;
+        let desired = udp.read(|udp| {
+            self.table.read(|table| {
+                let from = Sources { table, cfg, ports, udp, here, addresses: &known.addresses };
+                Desired::new(&from, own, catch)
+            })
+        });
+        Ok(Rc::new(desired))
+    }
+
+    async fn sync_rules(&self, known: &mut Known, status: &mut Status, orders: &Orders) -> Result<()> {
+        let own: &[IpAddr] = &[self.address.into(), ADDRESS6.into()][..1 + usize::from(known.has_ipv6)];
+        let mut desired = [Some(self.desired(known, own[0], orders)?), None];
+        if let Some(own) = own.get(1) {
+            desired[1] = Some(self.desired(known, *own, orders)?);
+        }
+        if let Some(Catch::Only(names) | Catch::AllBut(names)) = desired[0].as_ref().map(|d| &d.catch) {
+            status.interfaces.clone_from(names);
+        }
+        let left_out: usize = desired.iter().flatten().map(|d| d.left_out).sum();
+        if left_out > 0 {
+            status.notes.push(format!("{left_out} ports of Services are beyond the bound of rules"));
+        }
+        let guarded = self.table.read(|t| rules::guarded(t, &orders.cfg));
+        if let Some(note) = &guarded {
+            if known.guarded.as_ref() != Some(note) {
+                log::warn!("rules: {note}");
+            }
+            status.notes.push(note.clone());
+        }
+        known.guarded = guarded;
         let now = self.clock.now();
         let look = known.checked.is_none_or(|then| now.saturating_duration_since(then) >= RECHECK);
         let mut writes = match known.writes.take() {
             Some(writes) => writes,
             None => choose(orders.cfg.backend, known.refused).await?,
         };
-        let synced = match &mut writes {
-            Writes::Iptables(iptables) => {
-                iptables.version().clone_into(&mut status.backend);
-                iptables.sync(&desired, look).await?
-            }
-            Writes::Nft(nft) => {
-                "nf_tables".clone_into(&mut status.backend);
-                let synced = nft.sync(&desired, look);
-                known.refused = synced.is_err();
-                synced?
-            }
-        };
+        writes.name().clone_into(&mut status.backend);
+        let mut synced = writes.sync(&desired, look).await;
+        if let Err(e) = &synced
+            && desired[1].take().is_some()
+        {
+            status.notes.push(format!("Services have no IPv6 here: {e:#}"));
+            synced = writes.sync(&desired, look).await;
+        }
+        known.refused = synced.is_err() && matches!(writes, Writes::Nft(_));
+        let synced = synced?;
         if look {
             known.checked = Some(now);
             let skip_iptables = matches!(writes, Writes::Iptables(_));
-            known.ways = nft::open_ways(self.address.into(), skip_iptables)?;
+            known.ways = nft::open_ways(own, skip_iptables)?;
         }
         status.notes.extend(known.ways.iter().cloned());
         if synced.wrote {
@@ -376,14 +447,17 @@ impl Rules {
         }
         status.rules = synced.rules;
         known.writes = Some(writes);
-        let ways = flows::changed(known.settled.as_ref(), &desired);
-        if !ways.is_empty() {
-            let settled = conntrack::settle(&ways, desired.address).await;
-            let why = |e| format!("UDP clients that never pause stay where they were: {e:#}");
-            known.flows = settled.map(|n| add(&self.counters.udp_flows_deleted, n as u64)).map_err(why).err();
+        for (settled, desired) in known.settled.iter_mut().zip(desired) {
+            let Some(desired) = desired else { continue };
+            let ways = flows::changed(settled.as_deref(), &desired);
+            if !ways.is_empty() {
+                let done = conntrack::settle(&ways, desired.address).await;
+                let why = |e| format!("UDP clients that never pause stay where they were: {e:#}");
+                known.flows = done.map(|n| add(&self.counters.udp_flows_deleted, n as u64)).map_err(why).err();
+            }
+            *settled = Some(desired);
         }
         status.notes.extend(known.flows.clone());
-        known.settled = Some(desired);
         Ok(())
     }
 }
@@ -416,45 +490,6 @@ async fn after(time: Duration) {
     Timer::after(time).await;
 }
 
-/// What tells us of changes that others make.
-#[derive(Debug)]
-struct Ears {
-    links: Option<Monitor>,
-    tables: Option<nft::Monitor>,
-    /// Something was heard about tables of nf_tables.
-    heard: bool,
-}
-
-impl Ears {
-    fn new() -> Self {
-        let links = Monitor::open().map_err(|e| log::warn!("{e:#}")).ok();
-        // Kernels without nf_tables, and users without rights: the look each 30 s is enough.
-        let tables = nft::Monitor::open().map_err(|e| log::debug!("{e:#}")).ok();
-        Self { links, tables, heard: false }
-    }
-
-    /// Resolves at the next change; never where we cannot hear of them.
-    async fn changed(&mut self) {
-        let Self { links, tables, heard } = self;
-        or(
-            listen(links, async |m: &Monitor| m.changed().await),
-            listen(tables, async |m: &nft::Monitor| m.changed().await.map(|()| *heard = true)),
-        )
-        .await;
-    }
-}
-
-async fn listen<M>(monitor: &mut Option<M>, changed: impl AsyncFnOnce(&M) -> io::Result<()>) {
-    if let Some(open) = monitor {
-        match changed(open).await {
-            Ok(()) => return,
-            Err(e) => log::warn!("changes of the network are seen only each {} s: {e}", RECHECK.as_secs()),
-        }
-    }
-    *monitor = None;
-    std::future::pending().await
-}
-
 async fn rung((table, udp): &mut (Listener, Listener)) {
     or(table.rung(), udp.rung()).await;
 }
@@ -485,15 +520,14 @@ fn setting(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-fn notes(left_out: usize) -> Vec<String> {
-    let mut notes = Vec::new();
-    if setting("/proc/sys/net/ipv4/ip_forward").is_some_and(|v| v == "0") {
-        notes.push("net.ipv4.ip_forward is 0: other machines time out on ports that no Service has".to_owned());
-    }
-    if left_out > 0 {
-        notes.push(format!("{left_out} virtual addresses are reached only while there is a default route"));
-    }
-    notes
+fn notes(has_ipv6: bool) -> Vec<String> {
+    let all = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
+    let off = |name: &&str| setting(&format!("/proc/sys/net/{name}")).is_some_and(|v| v == "0");
+    let note = |name: &str| {
+        let name = name.replace('/', ".");
+        format!("net.{name} is 0: other machines time out on ports that no Service has")
+    };
+    all[..1 + usize::from(has_ipv6)].iter().filter(|name| off(name)).map(|name| note(name)).collect()
 }
 
 /// Removes all that is ours from the kernel, whatever made it. Says what it removed.
@@ -513,5 +547,5 @@ async fn remove_all() -> Result<Vec<String>> {
 /// # Errors
 /// When something is left behind; the text says what.
 pub fn cleanup() -> Result<Vec<String>> {
-    smol::block_on(remove_all())
+    crate::reactor::block_on(remove_all())
 }

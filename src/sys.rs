@@ -439,6 +439,17 @@ pub fn tcp_socket(to: &SocketAddr) -> io::Result<TcpStream> {
     socket(domain(to), libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).map(Into::into)
 }
 
+/// A connection of a listener's queue, non-blocking from its first moment.
+///
+/// # Errors
+/// As accept(2).
+pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    use rustix::net::{SocketFlags, acceptfrom_with};
+    let (fd, from) = acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    let from = from.and_then(|from| from.try_into().ok()).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((fd.into(), from))
+}
+
 /// Starts to connect; the socket is writable when that has succeeded or failed.
 ///
 /// # Errors
@@ -557,29 +568,35 @@ pub fn receive<'b>(fd: &impl AsFd, buffer: &'b mut [u8], wait: bool) -> io::Resu
 /// Raises the limit of open files as far as we may, and returns it.
 ///
 /// # Errors
-/// As getrlimit(2) and setrlimit(2).
+/// As getrlimit(2).
 pub fn raise_nofile() -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills `limit`.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
-    let most = limit.rlim_max.min(NOFILE_MOST);
-    if limit.rlim_cur < most {
-        limit.rlim_cur = most;
-        // SAFETY: the kernel reads `limit`.
-        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    let raised = libc::rlimit { rlim_cur: limit.rlim_max.min(NOFILE_MOST), ..limit };
+    // SAFETY: the kernel reads `raised`. A refusal, by a filter of system calls, leaves what there is.
+    if limit.rlim_cur < raised.rlim_cur && unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } == 0 {
+        limit = raised;
     }
     Ok(limit.rlim_cur)
 }
 
-/// Whether this machine has instructions for AES and for GCM's multiplication, without which both are slow.
-#[must_use]
-pub fn has_aes() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("aes") && std::arch::is_x86_feature_detected!("pclmulqdq");
-    #[cfg(target_arch = "aarch64")]
-    return std::arch::is_aarch64_feature_detected!("aes") && std::arch::is_aarch64_feature_detected!("pmull");
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    false
+/// A descriptor from which these signals are read, the number first (signalfd(2)); here, and in threads that are
+/// started from now on, they do nothing else any more. Programs that std starts have none blocked.
+///
+/// # Errors
+/// As pthread_sigmask(3) and signalfd(2).
+pub fn signals(wanted: &[c_int]) -> io::Result<OwnedFd> {
+    // SAFETY: sigset_t is plain data, of which the kernel reads what these calls have set.
+    unsafe {
+        let mut set: libc::sigset_t = mem::zeroed();
+        for &signal in wanted {
+            check(libc::sigaddset(&raw mut set, signal))?;
+        }
+        check(-libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()))?;
+        let fd = check(libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
 }
 
 #[cfg(test)]

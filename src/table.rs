@@ -7,6 +7,7 @@ pub mod packed;
 mod pods;
 mod pool;
 mod reduce;
+pub mod rule;
 pub mod scope;
 pub mod snapshot;
 pub mod statics;
@@ -14,9 +15,15 @@ pub mod statics;
 mod tests;
 
 use index::Index;
-use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServicePort, SliceId, SlicePort, Source};
+use model::{Name, NodeInfo, Protocol, Service, ServiceId, ServiceKind, ServicePort, SliceId, SlicePort, Source};
 use packed::{About, EndpointRef, StoredSlice};
 use std::{collections::BTreeMap, net::IpAddr};
+
+/// Addresses of API servers that are remembered; of more the oldest is forgotten.
+const SERVERS_MAX: usize = 32;
+
+/// The Service that leads to the API servers.
+const KUBERNETES: (&str, &str) = ("default", "kubernetes");
 
 /// One object of one source, with the generation of the list that named it last.
 #[derive(Clone, Debug)]
@@ -70,8 +77,8 @@ struct Namespace {
 
 /// See the module.
 ///
-/// 5,000 Services with 20,000 endpoints in 5,000 slices keep 6.5 MB, measured on x86-64 (40 % of it the endpoints, at
-/// 88 bytes each, of which 64 are references to names; about half on 32 bits); 1.1 MB more with the names of all pods.
+/// 5,000 Services with 20,000 endpoints in 5,000 slices keep 2.8 MB, measured on x86-64: 0.7 the Services, 0.7 records
+/// (0.4 of it touched), 0.6 slices and endpoints, 0.3 indices, the rest names. musl's allocator makes two thirds more of it.
 #[derive(Debug, Default)]
 pub struct Table {
     namespaces: BTreeMap<Name, Namespace>,
@@ -82,7 +89,8 @@ pub struct Table {
     /// The nodes whose visible version has the address. Sites behind NATs often share private addresses.
     node_addresses: BTreeMap<IpAddr, Vec<Name>>,
     pods: pods::Pods,
-    /// All versions' vips and external addresses -> slot.
+    rules: rule::Rules,
+    /// All versions' vips, external addresses and node ports -> slot.
     by_vip: Index,
     /// All slices' endpoints -> 2 × slot, + 1 for subsets of Endpoints objects.
     by_endpoint: Index,
@@ -93,6 +101,8 @@ pub struct Table {
     abouts: pool::Pool<About>,
     service_ports: pool::Recent<ServicePort>,
     slice_ports: pool::Recent<SlicePort>,
+    /// Addresses at which API servers are.
+    servers: Vec<IpAddr>,
     version: u64,
 }
 
@@ -163,6 +173,17 @@ impl Table {
             .filter(move |s| s.vips.contains(&address) || s.external_ips.contains(&address))
     }
 
+    /// The Service, and its port, whose NodePort this is. The API gives one to one Service alone; of several the first.
+    #[must_use]
+    pub fn by_node_port(&self, number: u16, protocol: Protocol) -> Option<(&Service, &ServicePort)> {
+        self.by_vip
+            .slots(index::of_node_port(number, protocol))
+            .filter_map(|slot| self.records[slot as usize].service())
+            .filter(|s| !s.not_proxied && s.kind == ServiceKind::ClusterIp)
+            .filter_map(|s| Some((s, s.ports.iter().find(|p| p.node_port == number && p.protocol == protocol)?)))
+            .min_by_key(|(s, _)| &s.id)
+    }
+
     /// Every endpoint of a Service with the slice that names it, from the source that names the Service. An address
     /// that stands in two slices with the same ports comes once, in its better state.
     pub fn endpoints<'t>(
@@ -212,6 +233,28 @@ impl Table {
         self.node_addresses.get(&address).map_or(&[], Vec::as_slice)
     }
 
+    /// Says that an API server is (or may be) at this address. True where that was not known.
+    pub fn guard(&mut self, server: IpAddr) -> bool {
+        let is_new = !self.servers.contains(&server);
+        if is_new {
+            if self.servers.len() == SERVERS_MAX {
+                self.servers.remove(0);
+            }
+            self.servers.push(server);
+        }
+        is_new
+    }
+
+    /// Whether this is a node's own address, or an API server's: no Service may have it for an external one, which
+    /// whoever may create a Service can choose.
+    #[must_use]
+    pub fn is_guarded(&self, address: IpAddr) -> bool {
+        let of_server = |(s, _): (&Service, EndpointRef<'_>)| (&*s.id.namespace, &*s.id.name) == KUBERNETES;
+        self.servers.contains(&address)
+            || !self.nodes_with(address).is_empty()
+            || self.by_endpoint(address).any(of_server)
+    }
+
     /// Whether a Pod of the namespace has the address.
     #[must_use]
     pub fn has_pod(&self, namespace: &str, address: IpAddr) -> bool {
@@ -227,6 +270,7 @@ impl Table {
         self.records.iter().map(|r| of(&r.services, source) + of(&r.slices, source)).sum::<usize>()
             + self.nodes.values().map(|n| of(n, source)).sum::<usize>()
             + self.pods.versions().map(|p| of(p, source)).sum::<usize>()
+            + self.rules.versions().map(|r| of(r, source)).sum::<usize>()
     }
 
     /// The port of a slice that a Service's port stands for: joined by name and protocol.

@@ -1,32 +1,38 @@
-//! What `weft check` tries: files, ports, the metaServer of this machine, the relays. Nothing of it stays.
+//! What `weft check` tries: files, ports, the metaServer of this machine, the API server, the relays. Nothing of it stays.
 
 use crate::{
     admin::view,
     check::{Asked, value},
     clock::{BUILT, Clock},
     config::Config,
+    conn::Conn,
+    credentials::Credentials,
     holder,
+    kube::{
+        access::{Access, Server, Token},
+        http,
+    },
     metrics::TunnelCounters,
+    reactor::{LocalExecutor, Timer},
     tunnel::{self, identity::Bundle},
 };
 use futures_lite::future::or;
-use smol::{LocalExecutor, Timer};
 use std::{
     fs::{self, DirBuilder, OpenOptions},
-    io::{self, ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket},
+    io::{self, ErrorKind, Write as _},
+    net::{SocketAddr, TcpListener, ToSocketAddrs as _, UdpSocket},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::Path,
     rc::Rc,
     time::Duration,
 };
 
-/// How long a program on this machine may take to answer.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long an API server may take for one question, its name and its handshake with it.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How long relays may take: a few lost packets, and two seconds for a name.
-const RELAYS: Duration = Duration::from_secs(6);
+pub(crate) const RELAYS: Duration = Duration::from_secs(6);
 /// Between two looks at them.
-const LOOK: Duration = Duration::from_millis(50);
+pub(crate) const LOOK: Duration = Duration::from_millis(50);
 /// For the end of the registrations.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// KubeEdge's default.
@@ -64,43 +70,102 @@ pub(crate) fn bind(at: SocketAddr, is_tcp: bool) -> Option<String> {
     Some(holder.map_or_else(|| error.to_string(), |who| ["taken by ", &who].concat()))
 }
 
-/// Asks for the Services, which the metaServer has itself, for EndpointSlices, which it has from the cloud, and for us.
-pub(crate) fn meta_server(yaml: &str, name: &str) -> Asked {
+/// Asks the metaServer that edgecore is configured to run.
+pub(crate) fn meta_server(yaml: &str, config: &Config, name: &str) -> Asked {
     let said = value(yaml, &["modules", "metaManager", "metaServer", "server"]).pop();
     let at = said.unwrap_or_else(|| META_SERVER.into());
     let on = value(yaml, &["modules", "metaManager", "metaServer", "enable"]) == ["true"];
-    let mut asked = Asked { at, ..Asked::default() };
-    if on {
-        let services = get(&asked.at, "/api/v1/services?limit=1").map_err(|e| e.to_string());
+    match Server::parse(&["http://", &at].concat()) {
+        Some(server) if on => {
+            let token = config.kube.token_file.clone().map_or(Token::None, Token::File);
+            let access = Access { servers: vec![server], ca: None, client: None, server_name: None, token };
+            Asked { at, ..questions(config, &access, name) }
+        }
+        Some(_) | None => Asked { at, ..Asked::default() },
+    }
+}
+
+/// Asks the API server of the configuration, as the agent would.
+pub(crate) fn api(config: &Config, name: &str) -> Asked {
+    match Credentials::new(&config.kube, Clock::new(BUILT)).access() {
+        Ok(access) => questions(config, &access, name),
+        Err(why) => Asked { at: "kube".into(), services: Some(Err(why)), ..Asked::default() },
+    }
+}
+
+/// For the Services, for EndpointSlices (which a metaServer has from the cloud), and for us: the first server that answers.
+fn questions(config: &Config, access: &Access, name: &str) -> Asked {
+    let credentials = Credentials::new(&config.kube, Clock::new(BUILT));
+    let mut asked = Asked::default();
+    for server in &access.servers {
+        let ask = |path: &str| -> Result<u16, String> {
+            let late = async {
+                late(PATIENCE).await;
+                Err("no answer".into())
+            };
+            crate::reactor::block_on(or(question(config, &credentials, access, server, path), late))
+        };
+        // Of each namespace that is followed; the first that is not to be had is what counts.
+        let list = |group: &str, resource: &str| {
+            let of = |n: &String| ask(&[group, "/namespaces/", n, "/", resource, "?limit=1"].concat());
+            let mut each = config.kube.namespaces.iter().map(of);
+            match each.find(|a| *a != Ok(200)) {
+                Some(other) => other,
+                None if config.kube.namespaces.is_empty() => ask(&[group, "/", resource, "?limit=1"].concat()),
+                None => Ok(200),
+            }
+        };
+        let services = list("/api/v1", "services");
+        let answered = services.is_ok();
+        asked = Asked { at: server.to_string(), ..Asked::default() };
         if services == Ok(200) {
-            let slices = get(&asked.at, "/apis/discovery.k8s.io/v1/endpointslices?limit=1");
-            asked.slices = Some(slices.map_err(|e| e.to_string()));
-            asked.node = get(&asked.at, &["/api/v1/nodes/", name].concat()).ok();
+            asked.slices = Some(list("/apis/discovery.k8s.io/v1", "endpointslices"));
+            asked.node = ask(&["/api/v1/nodes/", name].concat()).ok();
         }
         asked.services = Some(services);
+        if answered {
+            break;
+        }
     }
     asked
 }
 
-/// The status of the answer to a GET by plain HTTP.
-fn get(at: &str, path: &str) -> io::Result<u16> {
-    let to = at.to_socket_addrs()?.next().ok_or(ErrorKind::NotFound)?;
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let request =
-        ["GET ", path, " HTTP/1.1\r\nHost: ", at, "\r\nAccept: application/json\r\nConnection: close\r\n\r\n"];
-    stream.write_all(request.concat().as_bytes())?;
-    let mut answer = Vec::new();
-    while answer.len() < 12 {
-        let mut piece = [0; ANSWER];
-        match stream.read(&mut piece)? {
-            0 => break,
-            n => answer.extend_from_slice(&piece[..n]),
+/// The status of the answer to a GET.
+async fn question(
+    config: &Config,
+    from: &Credentials,
+    access: &Access,
+    server: &Server,
+    path: &str,
+) -> Result<u16, String> {
+    let mut last = "its name has no address".to_owned();
+    let proxy = config.kube.proxy.as_ref().filter(|_| !server.is_local() && !server.is_metaserver());
+    let (host, port) = proxy.map_or((&server.host, server.port), |p| (&p.host, p.port));
+    for ip in look_up(host).map_err(|e| e.to_string())? {
+        let through = proxy.map(|p| (p, p.request(&server.host, server.port)));
+        let opened = Conn::open((ip, port).into(), config.proxy.mark, through, from.tls(access, server)?);
+        let mut conn = match opened.await {
+            Ok(conn) => conn,
+            Err(why) => {
+                last = why.words;
+                continue;
+            }
+        };
+        let (mut request, mut answer, mut piece) = (Vec::new(), Vec::new(), [0; ANSWER]);
+        http::get(&server.authority(), path, "weft-check", from.token(access, false).as_deref(), &mut request);
+        conn.send(&request).await.map_err(|e| e.to_string())?;
+        while answer.len() < 12 {
+            match conn.read(&mut piece).map_err(|why| why.words)? {
+                Some(0) => break,
+                Some(n) => answer.extend_from_slice(&piece[..n]),
+                None => conn.readable().await.map_err(|e| e.to_string())?,
+            }
         }
+        let text = String::from_utf8_lossy(&answer);
+        let status = text.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
+        return status.ok_or_else(|| "this is no HTTP: does it want TLS (https)?".into());
     }
-    let text = String::from_utf8_lossy(&answer);
-    let status = text.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
-    status.ok_or_else(|| io::Error::other("this is no HTTP"))
+    Err(last)
 }
 
 /// Registers at the relays as the agent would, looks at what they say, and takes its leave.
@@ -132,7 +197,7 @@ pub(crate) fn relays(config: &Config, bundle: Bundle, port_is_free: bool) -> (Ve
         }
     };
     let executor = LocalExecutor::new();
-    smol::block_on(executor.run(async {
+    crate::reactor::block_on(executor.run(async {
         let task = executor.spawn(driver.run());
         let answered = async {
             while !handle.relays().iter().all(|r| r.registered && r.rtt_ms.is_some()) {
@@ -160,7 +225,7 @@ fn look_up(host: &str) -> anyhow::Result<Vec<std::net::IpAddr>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::thread;
+    use std::{io::Read as _, thread};
 
     #[test]
     fn a_directory_is_as_it_was() {
@@ -200,10 +265,40 @@ mod tests {
             }
         });
         let yaml = format!("modules:\n  metaManager:\n    metaServer:\n      enable: true\n      server: {at}\n");
-        let asked = meta_server(&yaml, "edge-1");
+        let config = Config::parse("").unwrap();
+        let asked = meta_server(&yaml, &config, "edge-1");
         assert_eq!((asked.services, asked.slices, asked.node), (Some(Ok(200)), Some(Ok(404)), Some(200)));
         server.join().unwrap();
-        assert!(matches!(meta_server(&yaml, "edge-1").services, Some(Err(_))));
-        assert!(meta_server("", "edge-1").services.is_none());
+        assert!(matches!(meta_server(&yaml, &config, "edge-1").services, Some(Err(_))));
+        assert!(meta_server("", &config, "edge-1").services.is_none());
+    }
+
+    #[test]
+    fn an_api_of_two_servers_and_two_namespaces() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let server = thread::spawn(move || {
+            let mut asked = Vec::new();
+            for status in ["200 OK", "403 Forbidden"] {
+                let mut stream = listener.accept().unwrap().0;
+                let mut request = [0; 512];
+                let n = stream.read(&mut request).unwrap();
+                asked.push(String::from_utf8_lossy(&request[..n]).lines().next().unwrap().to_owned());
+                write!(stream, "HTTP/1.1 {status}\r\n\r\n").unwrap();
+            }
+            asked
+        });
+        // A port that was free a moment ago: nobody listens there.
+        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let config = format!("kube.api = \"http://{nobody},http://{at}\"\nkube.namespaces = [\"a\", \"b\"]");
+        let asked = api(&Config::parse(&config).unwrap(), "edge-1");
+        assert_eq!((asked.at, asked.services, asked.slices), (format!("http://{at}"), Some(Ok(403)), None));
+        let paths = [
+            "GET /api/v1/namespaces/a/services?limit=1 HTTP/1.1",
+            "GET /api/v1/namespaces/b/services?limit=1 HTTP/1.1",
+        ];
+        assert_eq!(server.join().unwrap(), paths);
+        let none = api(&Config::parse("kube.kubeconfig = \"/nowhere\"").unwrap(), "edge-1");
+        assert!(none.services.is_some_and(|s| s.is_err_and(|why| why.contains("/nowhere"))));
     }
 }

@@ -1,5 +1,6 @@
-//! UDP Services: a socket for each port, a session with a socket of its own for each client, and datagrams that travel
-//! through the tunnel in frames: length u16, bytes.
+//! UDP Services: a socket for each port, a session with a socket of its own for each client. Through the tunnel a session
+//! is a stream: small datagrams go beside it, and those that need several packets in it, in frames: length u16, bytes. So
+//! none is lost for one lost packet of many, and the small ones wait for nobody.
 
 use crate::sorted::Map;
 use crate::{
@@ -8,6 +9,7 @@ use crate::{
         Shared,
         udp::{self, Key, PortId, Ports, Sessions},
     },
+    reactor::{Async, LocalExecutor, Task, Timer},
     shared::{Bell, Reader, Writer},
     sys,
     table::{
@@ -21,12 +23,12 @@ use futures_lite::{
     AsyncRead, AsyncWrite,
     future::{or, poll_fn, yield_now},
 };
-use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     io::{self, ErrorKind},
     net::{IpAddr, SocketAddr, UdpSocket},
+    num::NonZeroUsize,
     pin::Pin,
     rc::{Rc, Weak},
     time::Duration,
@@ -44,14 +46,19 @@ const OPEN: Duration = Duration::from_secs(10);
 const FAR_SILENCE: Duration = Duration::from_secs(150);
 /// Bytes that wait for one session's stream, and for all of them; a datagram that finds no room is dropped, as a full
 /// link would.
-const QUEUE_MAX: usize = 128 * 1024;
+const QUEUE_MAX: usize = 256 * 1024;
 const QUEUES_MAX: usize = 1024 * 1024;
+/// Clients' sessions through the tunnel; they must leave room for connections among the streams that a peer allows (1,024).
+/// When full the one that has been silent for longest ends.
+const FAR_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
 /// RFC 768: the length field, less the headers of UDP and IPv4.
 const DATAGRAM_MAX: usize = 65_507;
 
-/// Datagrams that wait for a stream.
+/// A session's stream, one end of it, and the datagrams that wait for it.
 #[derive(Debug)]
 struct Queue {
+    /// Once it has been answered.
+    stream: RefCell<Option<Rc<RefCell<TunnelStream>>>>,
     waiting: RefCell<VecDeque<Box<[u8]>>>,
     bytes: Cell<usize>,
     /// Of all queues.
@@ -60,7 +67,16 @@ struct Queue {
 }
 
 impl Queue {
+    fn new(total: &Rc<Cell<usize>>) -> Self {
+        let (total, stream) = (Rc::clone(total), RefCell::default());
+        Self { stream, waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() }
+    }
+
+    /// Sends a datagram, or has it wait; false where there is no room.
     fn push(&self, bytes: &[u8]) -> bool {
+        if self.stream.borrow().as_ref().is_some_and(|s| s.borrow().send_datagram(bytes)) {
+            return true;
+        }
         let room = self.bytes.get() + bytes.len() <= QUEUE_MAX && self.total.get() + bytes.len() <= QUEUES_MAX;
         if room {
             self.bytes.set(self.bytes.get() + bytes.len());
@@ -79,6 +95,30 @@ impl Queue {
     }
 }
 
+/// Carries both ways what belongs to a session, until its stream ends.
+async fn carry(queue: &Queue, stream: TunnelStream, take: impl Fn(&[u8])) -> io::Result<()> {
+    let stream = Rc::new(RefCell::new(stream));
+    queue.stream.replace(Some(Rc::clone(&stream)));
+    let there = async {
+        let mut bell = queue.bell.listen();
+        loop {
+            while let Some(bytes) = queue.pop() {
+                if !stream.borrow().send_datagram(&bytes) {
+                    write_frame(&stream, &bytes).await?;
+                }
+            }
+            bell.rung().await;
+        }
+    };
+    let beside = async {
+        loop {
+            let bytes = poll_fn(|cx| stream.borrow().poll_datagram(cx)).await;
+            take(&bytes);
+        }
+    };
+    or(there, or(read_frames(&stream, &take), beside)).await
+}
+
 impl Drop for Queue {
     fn drop(&mut self) {
         self.total.set(self.total.get() - self.bytes.get());
@@ -91,10 +131,11 @@ enum Leg {
     Far(Rc<Queue>, #[allow(dead_code)] Task<()>),
 }
 
-/// One port's socket, with its task.
+/// One port's sockets, one for each family that its Service has, with their tasks.
 struct Bound {
     number: u16,
-    _task: Task<()>,
+    families: [bool; 2],
+    _tasks: Vec<Task<()>>,
 }
 
 /// See the module.
@@ -102,8 +143,9 @@ pub(crate) struct Udp {
     shared: Rc<Shared>,
     /// Not kept alive by its own tasks.
     executor: Weak<LocalExecutor<'static>>,
-    sessions: RefCell<Sessions<Leg>>,
-    queued: Rc<Cell<usize>>,
+    /// Whose endpoint is here, and elsewhere.
+    near: RefCell<Sessions<Leg>>,
+    far: RefCell<Sessions<Leg>>,
     ports: Writer<Ports>,
 }
 
@@ -117,8 +159,8 @@ struct Port {
 
 impl Udp {
     pub(crate) fn new(shared: Rc<Shared>, executor: Weak<LocalExecutor<'static>>) -> Rc<Self> {
-        let (sessions, queued, ports) = (RefCell::default(), Rc::default(), Writer::new(Ports::new()));
-        Rc::new(Self { shared, executor, sessions, queued, ports })
+        let (near, far) = (RefCell::default(), RefCell::new(Sessions::with_room(FAR_MAX)));
+        Rc::new(Self { shared, executor, near, far, ports: Writer::new(Ports::new()) })
     }
 
     /// Where each port is served.
@@ -143,28 +185,41 @@ impl Udp {
     }
 
     fn bind(self: &Rc<Self>, bound: &mut Map<PortId, Bound>) {
-        let wanted = self.shared.table.read(udp::wanted);
-        bound.retain(|id, _| wanted.contains(id));
-        for id in wanted {
+        let own = [Some(self.shared.own), self.shared.own6].map(|own| own.map(|own| own.ip()));
+        let wanted = self.shared.table.read(|t| {
+            let families = |id: PortId| {
+                let vips = t.service_by_id(&id.0).map_or(&[][..], |s| &s.vips);
+                let has = |v4| vips.iter().any(|ip| ip.is_ipv4() == v4);
+                (id, [has(true), has(false) && own[1].is_some()])
+            };
+            udp::wanted(t).into_iter().map(families).collect::<Map<_, _>>()
+        });
+        bound.retain(|id, b| wanted.get(id) == Some(&b.families));
+        for (id, families) in wanted {
             if bound.contains_key(&id) {
                 continue;
             }
             let taken = |number| bound.values().any(|b| b.number == number);
+            let wanted = own.iter().zip(families).filter_map(|(own, wanted)| own.filter(|_| wanted));
             let mut found = Err(ErrorKind::AddrInUse.into());
             for number in udp::places(&id).filter(|n| !taken(*n)) {
-                found = sys::udp_socket(&SocketAddr::new(self.shared.own.ip(), number))
-                    .and_then(Async::new_nonblocking)
-                    .map(|socket| (number, socket));
+                let sockets = wanted
+                    .clone()
+                    .map(|own| sys::udp_socket(&SocketAddr::new(own, number)).and_then(Async::new_nonblocking));
+                found = sockets.collect::<io::Result<Vec<_>>>().map(|sockets| (number, sockets));
                 if !matches!(&found, Err(e) if e.kind() == ErrorKind::AddrInUse) {
                     break;
                 }
             }
             match found {
-                Ok((number, socket)) => {
-                    let port = Port { udp: Rc::clone(self), id: id.clone(), number, socket };
+                Ok((number, sockets)) => {
                     let Some(executor) = self.executor.upgrade() else { return };
-                    let task = executor.spawn(Rc::new(port).run());
-                    bound.insert(id, Bound { number, _task: task });
+                    let run = |socket| {
+                        let port = Port { udp: Rc::clone(self), id: id.clone(), number, socket };
+                        executor.spawn(Rc::new(port).run())
+                    };
+                    let tasks = sockets.into_iter().map(run).collect();
+                    bound.insert(id, Bound { number, families, _tasks: tasks });
                 }
                 Err(e) => self.shared.say(|| format!("no UDP socket for {}/{}: {e}", id.0.namespace, id.0.name)),
             }
@@ -178,16 +233,29 @@ impl Udp {
     fn sweep(&self, bound: &Map<PortId, Bound>) {
         let ids: Map<u16, &PortId> = bound.iter().map(|(id, b)| (b.number, id)).collect();
         let now = self.shared.clock.now();
-        let gone = self.shared.table.read(|t| {
-            let stays = |port, endpoint| ids.get(&port).is_some_and(|id| udp::serves(t, id, endpoint));
-            self.sessions.borrow_mut().sweep(now, stays)
-        });
-        drop(gone);
+        for sessions in [&self.near, &self.far] {
+            let gone = self.shared.table.read(|t| {
+                let stays = |port, endpoint| ids.get(&port).is_some_and(|id| udp::serves(t, id, endpoint));
+                sessions.borrow_mut().sweep(now, stays)
+            });
+            drop(gone);
+        }
     }
 
     fn close(&self, key: &Key, id: Option<u32>) {
-        let closed = self.sessions.borrow_mut().close(key, id);
-        drop(closed);
+        for sessions in [&self.near, &self.far] {
+            let closed = sessions.borrow_mut().close(key, id);
+            drop(closed);
+        }
+    }
+
+    /// The way of a client's session, which is used by this: what `send` says of it, with its endpoint.
+    fn of<R>(&self, key: &Key, send: impl Fn(&Leg) -> R) -> Option<(SocketAddr, R)> {
+        let now = self.shared.clock.now();
+        [&self.near, &self.far].into_iter().find_map(|sessions| {
+            let mut sessions = sessions.borrow_mut();
+            sessions.of(now, key).map(|(endpoint, leg)| (endpoint, send(leg)))
+        })
     }
 }
 
@@ -216,17 +284,12 @@ impl Port {
     /// Brings one datagram of a client to its endpoint, or drops it.
     fn datagram(self: &Rc<Self>, from: SocketAddr, bytes: &[u8]) {
         let shared = &self.udp.shared;
-        let (key, now) = ((self.number, from), shared.clock.now());
+        let key = (self.number, from);
         let mut tried = Vec::new();
         while tried.len() < TRIES {
-            let sent = self.udp.sessions.borrow_mut().of(now, &key).map(|(endpoint, leg)| {
-                (
-                    endpoint,
-                    match leg {
-                        Leg::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
-                        Leg::Far(queue, _) => Ok(queue.push(bytes)),
-                    },
-                )
+            let sent = self.udp.of(&key, |leg| match leg {
+                Leg::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
+                Leg::Far(queue, _) => Ok(queue.push(bytes)),
             });
             match sent {
                 None => match self.open(key, &tried) {
@@ -263,24 +326,28 @@ impl Port {
         let (service, port) = &self.id;
         let now = shared.clock.now();
         let target = shared.table.read(|t| {
-            let same = |ip: &&IpAddr| ip.is_ipv4() == shared.own.is_ipv4();
+            let same = |ip: &&IpAddr| ip.is_ipv4() == key.1.is_ipv4();
             let vip = t.service_by_id(service).and_then(|s| s.vips.iter().chain(&s.external_ips).find(same));
             let destination = SocketAddr::new(*vip.ok_or(NoTarget::NotAService)?, *port);
             let ask = Ask { destination, protocol: Protocol::Udp, client: key.1.ip(), tried };
             t.route(&shared.here, ask, &mut shared.balancer.borrow_mut(), now)
         });
-        let id = self.udp.sessions.borrow_mut().number();
+        let id = self.udp.near.borrow_mut().number();
+        let mut sessions = &self.udp.near;
         let (endpoint, leg) = match target {
             Err(_) => return Err(None),
             Ok(Target::Local(to)) => (to, self.near(key, id, to)),
             Ok(Target::Remote { node, service, port, address }) => {
                 let open = Open { service, port, protocol: Protocol::Udp, endpoint: address };
+                sessions = &self.udp.far;
                 (address, self.far(key, id, node, open))
             }
         };
         let leg = leg.ok_or(Some(endpoint))?;
         bump(&shared.counters.udp_sessions);
-        let evicted = self.udp.sessions.borrow_mut().open(now, key, id, endpoint, leg);
+        // One that is over may be left.
+        self.udp.close(&key, None);
+        let evicted = sessions.borrow_mut().open(now, key, id, endpoint, leg);
         drop(evicted);
         Ok(())
     }
@@ -289,7 +356,7 @@ impl Port {
         let shared = &self.udp.shared;
         let socket = match shared.dial_udp(&to) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-                let oldest = self.udp.sessions.borrow_mut().close_oldest();
+                let oldest = self.udp.near.borrow_mut().close_oldest();
                 drop(oldest);
                 shared.dial_udp(&to)
             }
@@ -324,7 +391,9 @@ impl Port {
     /// Brings an answer back; conntrack makes it come from where the client sent to.
     fn answer(&self, key: Key, id: u32, bytes: &[u8]) {
         let shared = &self.udp.shared;
-        self.udp.sessions.borrow_mut().answered(shared.clock.now(), &key, id);
+        for sessions in [&self.udp.near, &self.udp.far] {
+            sessions.borrow_mut().answered(shared.clock.now(), &key, id);
+        }
         match self.socket.get_ref().send_to(bytes, key.1) {
             Ok(n) => add(&shared.counters.bytes_down, n as u64),
             Err(_) => bump(&shared.counters.udp_drops),
@@ -333,9 +402,7 @@ impl Port {
 
     fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open) -> Option<Leg> {
         let tunnel = self.udp.shared.tunnel.read(Clone::clone)?;
-        let total = Rc::clone(&self.udp.queued);
-        let queue = Queue { waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() };
-        let queue = Rc::new(queue);
+        let queue = Rc::new(Queue::new(&self.udp.shared.queued));
         let (port, waiting) = (Rc::clone(self), Rc::clone(&queue));
         let task = self.udp.executor.upgrade()?.spawn(async move {
             if let Err(e) = port.travel(&tunnel, &node, &open, key, id, &waiting).await {
@@ -361,29 +428,17 @@ impl Port {
             Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
         };
         or(stream.opened(), late).await?;
-        let stream = RefCell::new(stream);
-        let there = async {
-            let mut bell = queue.bell.listen();
-            loop {
-                while let Some(bytes) = queue.pop() {
-                    write_frame(&stream, &bytes).await?;
-                }
-                flush(&stream).await?;
-                bell.rung().await;
-            }
-        };
-        let back = read_frames(&stream, |bytes| self.answer(key, id, bytes));
         // A session that ends is not worth a word: the client's next datagram begins another.
-        let _: io::Result<()> = or(there, back).await;
+        let _: io::Result<()> = carry(queue, stream, |bytes| self.answer(key, id, bytes)).await;
         Ok(())
     }
 }
 
 /// Serves a peer's session: its frames go to the socket of an endpoint of ours, and answers come back.
 pub(crate) async fn serve(shared: &Shared, socket: Async<UdpSocket>, stream: TunnelStream) {
-    let stream = RefCell::new(stream);
+    let queue = Queue::new(&shared.queued);
     let last = Cell::new(shared.clock.now());
-    let there = read_frames(&stream, |bytes| {
+    let there = carry(&queue, stream, |bytes| {
         last.set(shared.clock.now());
         match socket.get_ref().send(bytes) {
             Ok(n) => add(&shared.counters.bytes_down, n as u64),
@@ -393,19 +448,24 @@ pub(crate) async fn serve(shared: &Shared, socket: Async<UdpSocket>, stream: Tun
     let back = async {
         loop {
             socket.readable().await?;
-            let got = shared.pool.scratch(|scratch| socket.get_ref().recv(scratch).map(|n| Box::from(&scratch[..n])));
-            match got {
-                Ok(bytes) => {
-                    let bytes: Box<[u8]> = bytes;
+            for _ in 0..BATCH {
+                let got = shared.pool.scratch(|scratch| {
+                    let n = socket.get_ref().recv(scratch)?;
                     last.set(shared.clock.now());
-                    add(&shared.counters.bytes_up, bytes.len() as u64);
-                    write_frame(&stream, &bytes).await?;
-                    flush(&stream).await?;
+                    match queue.push(&scratch[..n]) {
+                        true => add(&shared.counters.bytes_up, n as u64),
+                        false => bump(&shared.counters.udp_drops),
+                    }
+                    io::Result::Ok(())
+                });
+                match got {
+                    Ok(()) => {}
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                    // ICMP's answer: the peer is told by the end of the stream.
+                    Err(e) => return Err(e),
                 }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-                // ICMP's answer: the peer is told by the end of the stream.
-                Err(e) => return Err(e),
             }
+            yield_now().await;
         }
     };
     let silence = async {
@@ -418,10 +478,6 @@ pub(crate) async fn serve(shared: &Shared, socket: Async<UdpSocket>, stream: Tun
         }
     };
     let _: io::Result<()> = or(or(there, back), silence).await;
-}
-
-async fn flush<S: AsyncWrite + Unpin>(stream: &RefCell<S>) -> io::Result<()> {
-    poll_fn(|cx| Pin::new(&mut *stream.borrow_mut()).poll_flush(cx)).await
 }
 
 async fn write_frame<S: AsyncWrite + Unpin>(stream: &RefCell<S>, bytes: &[u8]) -> io::Result<()> {
@@ -439,7 +495,7 @@ async fn write_frame<S: AsyncWrite + Unpin>(stream: &RefCell<S>, bytes: &[u8]) -
 }
 
 /// Hands over each frame until the stream ends.
-async fn read_frames<S: AsyncRead + Unpin>(stream: &RefCell<S>, mut take: impl FnMut(&[u8])) -> io::Result<()> {
+async fn read_frames<S: AsyncRead + Unpin>(stream: &RefCell<S>, take: impl Fn(&[u8])) -> io::Result<()> {
     // As large as the largest frame so far: most sessions are DNS and the like.
     let mut frame = Vec::new();
     loop {

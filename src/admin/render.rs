@@ -132,6 +132,13 @@ fn details(s: &Service) -> String {
     if let Some(sticky) = s.sticky_secs {
         let _ = writeln!(out, "clients stay with their endpoint for {}", span(sticky));
     }
+    for port in s.ports.iter().filter(|_| s.target.is_none() && !s.ips.is_empty()) {
+        let _ = writeln!(out, "port {}/{}: {}", port.port, port.protocol, printable(&port.policy));
+    }
+    if let Some(rule) = &s.rule {
+        let no = s.not_done.as_ref().map_or_else(String::new, |no| format!("; not done: {no}"));
+        let _ = writeln!(out, "DestinationRule {}", printable(&format!("{rule}{no}")));
+    }
     let endpoints = s.endpoints.as_deref().unwrap_or_default();
     if endpoints.is_empty() {
         out.push_str("no endpoints\n");
@@ -139,20 +146,25 @@ fn details(s: &Service) -> String {
     }
     let rows = endpoints.iter().map(|e| {
         let ports: Vec<_> = e.ports.iter().map(ToString::to_string).collect();
-        let state = match (e.ready, e.terminating) {
-            (true, _) => "ready",
-            (false, true) => "terminating",
-            (false, false) => "not ready",
+        let state = match (e.ejected_secs, e.ready, e.terminating) {
+            (Some(secs), ..) => format!("fails, left out for {}", span(secs)),
+            (None, true, _) => "ready".into(),
+            (None, false, true) => "terminating".into(),
+            (None, false, false) => "not ready".into(),
         };
+        let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".into());
         [
             e.address.clone(),
             ports.join(","),
-            e.node.clone().unwrap_or_else(|| "-".into()),
-            e.hostname.clone().unwrap_or_else(|| "-".into()),
-            state.into(),
+            name(&e.node),
+            name(&e.zone),
+            name(&e.hostname),
+            format!("{}/{}", e.live, e.connections),
+            e.failures.to_string(),
+            state,
         ]
     });
-    out.push_str(&table(["ENDPOINT", "PORTS", "NODE", "HOSTNAME", "STATE"], rows));
+    out.push_str(&table(["ENDPOINT", "PORTS", "NODE", "ZONE", "HOSTNAME", "LIVE/ALL", "FAILED", "STATE"], rows));
     out
 }
 

@@ -119,6 +119,9 @@ pub struct Service {
     pub total: usize,
     /// Of ClientIP affinity; none: no affinity.
     pub sticky_secs: Option<u64>,
+    /// The DestinationRule that counts, and its fields that are not done.
+    pub rule: Option<String>,
+    pub not_done: Option<String>,
     /// Of an ExternalName.
     pub target: Option<String>,
     /// Only where one Service was asked for.
@@ -130,6 +133,8 @@ pub struct Port {
     pub name: String,
     pub port: u16,
     pub protocol: String,
+    /// How an endpoint is chosen.
+    pub policy: String,
 }
 
 #[derive(Clone, Debug, DeJson, PartialEq, SerJson)]
@@ -138,9 +143,16 @@ pub struct Endpoint {
     /// The target ports, in the order of the Service's; 0 where there is none.
     pub ports: Vec<u16>,
     pub node: Option<String>,
+    pub zone: Option<String>,
     pub hostname: Option<String>,
     pub ready: bool,
     pub terminating: bool,
+    /// For so long it is left out, since it failed.
+    pub ejected_secs: Option<u64>,
+    /// Connections that it has from here, and those that it had; those that it did not take.
+    pub live: u32,
+    pub connections: u32,
+    pub failures: u32,
 }
 
 /// What our own DNS says to a name.

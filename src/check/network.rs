@@ -1,7 +1,11 @@
 //! The ways out of this machine, the ports that we want, and the relays.
 
 use super::line::{Line, fail, ok, warn};
-use crate::{admin::view::Relay, proxy::cover::Prefix, tunnel::BY_TCP};
+use crate::{
+    admin::view::{Peer, Relay},
+    proxy::cover::Net,
+    tunnel::BY_TCP,
+};
 use std::net::Ipv4Addr;
 
 /// QUIC's smallest datagram (RFC 9000 section 14) with the headers of UDP and IPv4, and what IPv6 asks of a link.
@@ -47,10 +51,10 @@ pub fn bind(name: &str, key: &str, at: &str, trouble: Option<&str>) -> Line {
 
 /// `ways_out`: the interfaces of default routes.
 #[must_use]
-pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Prefix]) -> Line {
-    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains(**vip));
+pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Net]) -> Line {
+    let inside = |vip: &&Ipv4Addr| taken.iter().any(|net| net.length() > 1 && net.contains((**vip).into()));
     if let Some(vip) = vips.iter().find(inside) {
-        let net = taken.iter().find(|net| net.length() > 1 && net.contains(*vip)).map(ToString::to_string);
+        let net = taken.iter().find(|net| net.length() > 1 && net.contains((*vip).into())).map(ToString::to_string);
         return warn(
             "route",
             &[&vip.to_string(), " of a Service lies in ", &net.unwrap_or_default(), ", a network of this host"],
@@ -67,9 +71,9 @@ pub fn route(ways_out: &[String], vips: &[Ipv4Addr], taken: &[Prefix]) -> Line {
     ok("route", &["out by ", &ways_out.join(", "), "; virtual addresses collide with no network of this host"])
 }
 
-/// Interfaces of default routes with their MTU.
+/// Interfaces of default routes with their MTU; `peers`: of an agent at work, which has measured its paths.
 #[must_use]
-pub fn mtu(links: &[(String, u32)]) -> Line {
+pub fn mtu(links: &[(String, u32)], peers: &[Peer]) -> Line {
     let Some((name, least)) = links.iter().min_by_key(|(_, mtu)| *mtu) else { return ok("mtu", &["no uplink"]) };
     let shown = least.to_string();
     let text = [name.as_str(), " takes ", &shown, " bytes, and the tunnel's smallest packets have 1228 (IPv6: 1248)"];
@@ -79,7 +83,12 @@ pub fn mtu(links: &[(String, u32)]) -> Line {
     if *least < MTU_WARN {
         return warn("mtu", &text, &["IPv6 wants 1280: ip link set ", name, " mtu 1500, or what its line takes"]);
     }
-    ok("mtu", &[name, " takes ", &shown, " bytes"])
+    let Some(peer) = peers.iter().filter(|p| p.mtu > 0).min_by_key(|p| p.mtu) else {
+        return ok("mtu", &[name, " takes ", &shown, " bytes"]);
+    };
+    let narrowest =
+        ["; of the tunnel's paths that to ", &peer.name, " takes the least, ", &peer.mtu.to_string()].concat();
+    ok("mtu", &[name, " takes ", &shown, " bytes", &narrowest, " in a datagram"])
 }
 
 /// One line for each relay, and one for the NAT that they see.
@@ -156,7 +165,7 @@ mod tests {
     #[test]
     fn routes() {
         let wan = ["wan".to_owned()];
-        let net = |a: [u8; 4], len| Prefix::new(Ipv4Addr::from(a), len);
+        let net = |a: [u8; 4], len| Net::new(Ipv4Addr::from(a).into(), len);
         let vip = [Ipv4Addr::new(10, 96, 0, 10)];
         assert!(said(&route(&wan, &vip, &[net([192, 168, 1, 0], 24), net([0; 4], 0)])).starts_with("ok out by wan"));
         assert!(
@@ -169,9 +178,26 @@ mod tests {
     #[test]
     fn sizes() {
         for (least, expected) in [(1_227, "fail"), (1_228, "warn"), (1_280, "ok")] {
-            assert_eq!(mtu(&[("a".into(), 1_500), ("b".into(), least)]).verdict, expected);
+            assert_eq!(mtu(&[("a".into(), 1_500), ("b".into(), least)], &[]).verdict, expected);
         }
-        assert_eq!(mtu(&[]).verdict, "ok");
+        assert_eq!(mtu(&[], &[]).verdict, "ok");
+        let peer = |name: &str, mtu| Peer {
+            name: name.into(),
+            path: String::new(),
+            via: String::new(),
+            rtt_ms: None,
+            congestion: String::new(),
+            mtu,
+            since_secs: 0,
+            streams: 0,
+            tx_bytes: 0,
+            rx_bytes: 0,
+            note: String::new(),
+        };
+        let peers = [peer("gone", 0), peer("wide", 1_452), peer("narrow", 1_280)];
+        assert!(
+            mtu(&[("a".into(), 1_500)], &peers).text.ends_with("that to narrow takes the least, 1280 in a datagram")
+        );
     }
 
     #[test]

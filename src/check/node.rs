@@ -166,6 +166,37 @@ pub fn meta_server(yaml: &str, asked: &Asked) -> Line {
     }
 }
 
+/// The API server of the configuration.
+#[must_use]
+pub fn api(asked: &Asked) -> Line {
+    let at = &asked.at;
+    let mut answers = [("services", &asked.services), ("endpointslices", &asked.slices)].into_iter();
+    let Some((what, Some(other))) = answers.find(|(_, answer)| !matches!(answer, None | Some(Ok(200)))) else {
+        return ok("api", &[at, " lets us list services and endpointslices"]);
+    };
+    let status = match other {
+        Err(why) => {
+            return fail(
+                "api",
+                &[at, ": ", why],
+                &["mend that, or [kube] in weft.toml; what is saved serves until then"],
+            );
+        }
+        Ok(status) => status.to_string(),
+    };
+    let (text, remedy) = match other {
+        Ok(401) => (
+            ": the token or certificate is not accepted",
+            "is it of this cluster, and not expired? see kube.token_file and kube.kubeconfig",
+        ),
+        Ok(403) => (": it does not let us list them", "bind the ClusterRole of packaging/kubernetes/rbac.yaml"),
+        // The agent takes Endpoints there.
+        Ok(404) if what == "endpointslices" => return ok("api", &[at, " answers, and has no endpointslices"]),
+        Ok(_) | Err(_) => ("", "is that an API server, and is it well?"),
+    };
+    fail("api", &[at, " answers ", &status, " for ", what, text], &[remedy])
+}
+
 /// `edgecore`, `kubelet`: their configurations, where they are; `take_over`: whether a Service's address is answered.
 #[must_use]
 pub fn cluster_dns(edgecore: Option<&str>, kubelet: Option<&str>, ours: &str, take_over: bool) -> Option<Line> {
@@ -356,5 +387,25 @@ mod tests {
         assert_eq!(said(None, Some("clusterDNS:\n- 10.96.0.10\n"), false).as_deref(), Some("warn"));
         assert_eq!(said(None, Some("clusterDNS:\n- 10.96.0.10\n"), true).as_deref(), Some("ok"));
         assert_eq!(said(None, None, false), None);
+    }
+
+    #[test]
+    fn answers_of_the_api() {
+        for (services, slices, expected) in [
+            (Ok(200), Some(Ok(200)), "ok https://x lets us list"),
+            (Ok(200), Some(Ok(404)), "ok https://x answers, and has no"),
+            (Ok(401), None, "fail https://x answers 401 for services: the token"),
+            (
+                Ok(200),
+                Some(Ok(403)),
+                "fail https://x answers 403 for endpointslices: it does not let us list them bind",
+            ),
+            (Ok(503), None, "fail https://x answers 503 for services is that"),
+            (Err("nobody".to_owned()), None, "fail https://x: nobody mend"),
+        ] {
+            let line = api(&Asked { at: "https://x".into(), services: Some(services), slices, node: None });
+            let said = [line.verdict, line.text, line.remedy].join(" ");
+            assert!(said.starts_with(expected), "{said}");
+        }
     }
 }

@@ -128,6 +128,9 @@ pub(super) struct Services {
     /// namespace/name, name.namespace or name
     #[argh(positional)]
     pub(super) name: Option<String>,
+    /// go on, and show what has changed, each second
+    #[argh(switch)]
+    pub(super) watch: bool,
     /// as JSON
     #[argh(switch)]
     pub(super) json: bool,

@@ -19,6 +19,7 @@ impl Default for KubeConfig {
             ca_file: None,
             namespaces: Vec::new(),
             server: ServerKind::Auto,
+            proxy: None,
             manifests: Vec::new(),
         }
     }
@@ -56,6 +57,7 @@ impl Put<'_> {
         let kinds =
             [("auto", ServerKind::Auto), ("apiserver", ServerKind::ApiServer), ("metaserver", ServerKind::MetaServer)];
         self.choice(&mut c.server, "kube.server", raw.server, &kinds)?;
+        self.way_out(&mut c.proxy, "kube.proxy", raw.proxy)?;
         self.list(&mut c.manifests, "kube.manifests", raw.manifests, "a path", |s| path(s).map(|_| s.into()))
     }
 }

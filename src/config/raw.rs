@@ -35,6 +35,7 @@ tables! {
         pub(super) ca_file: Text,
         pub(super) namespaces: Option<Vec<Spanned<String>>>,
         pub(super) server: Text,
+        pub(super) proxy: Text,
         pub(super) manifests: Option<Vec<Spanned<String>>>,
     }
 
@@ -62,6 +63,7 @@ tables! {
         pub(super) backend: Text,
         pub(super) interfaces: Option<Vec<Spanned<String>>>,
         pub(super) external_ips: Option<bool>,
+        pub(super) node_ports: Option<Vec<Spanned<String>>>,
         pub(super) mark: Number,
         pub(super) max_connections: Number,
         pub(super) drain: Number,
@@ -69,6 +71,8 @@ tables! {
 
     pub(super) struct RawBalancer {
         pub(super) default: Text,
+        pub(super) prefer: Option<Vec<Spanned<String>>>,
+        pub(super) outlier: Number,
     }
 
     pub(super) struct RawTunnel {

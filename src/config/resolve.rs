@@ -3,12 +3,16 @@
 use super::{
     AdminConfig, Backend, BalancerConfig, Config, ConfigError, Congestion, DnsConfig, KubeConfig, NodeConfig, Policy,
     Profile, ProxyConfig, RelayConfig, TunnelConfig,
-    raw::{Number, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
+    raw::{Number, RawBalancer, RawConfig, RawNode, RawProxy, RawRelay, RawTunnel, Text},
     read, service,
 };
-use crate::tunnel::{
-    Rate, RelayLimits,
-    identity::{network_name, node_name},
+use crate::{
+    carrier::connect::Proxy,
+    table::balance::{Nearness, OUTLIER, PREFER},
+    tunnel::{
+        Rate, RelayLimits,
+        identity::{network_name, node_name},
+    },
 };
 use log::LevelFilter;
 use std::{
@@ -25,6 +29,9 @@ const TUNNEL_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFI
 /// 16–31, and the lower bits only in packets of other clusters that it has marked there too. The list:
 /// github.com/fwmark/registry, and each project's own default.
 const MARK: u32 = 1 << 5;
+
+/// Private networks (RFC 1918, RFC 4193): a NodePort is not open to the internet unless that is asked for.
+const NODE_PORTS: [&str; 4] = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"];
 
 /// Two descriptors for each.
 const CONNECTIONS_MAX: usize = 65_536;
@@ -60,11 +67,12 @@ impl Default for Config {
                 backend: Backend::Auto,
                 interfaces: Vec::new(),
                 external_ips: false,
+                node_ports: NODE_PORTS.into_iter().filter_map(|net| net.parse().ok()).collect(),
                 mark: MARK,
                 max_connections: 4_096,
                 drain: 5,
             },
-            balancer: BalancerConfig { default: Policy::RoundRobin },
+            balancer: BalancerConfig { default: Policy::RoundRobin, prefer: PREFER.into(), outlier: OUTLIER.failures },
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
@@ -95,8 +103,7 @@ impl Config {
         put.kube(&mut c.kube, raw.kube)?;
         put.dns(&mut c.dns, raw.dns)?;
         put.proxy(&mut c.proxy, raw.proxy)?;
-        let policies = [("round-robin", Policy::RoundRobin), ("random", Policy::Random), ("sticky", Policy::Sticky)];
-        put.choice(&mut c.balancer.default, "balancer.default", raw.balancer.default, &policies)?;
+        put.balancer(&mut c.balancer, raw.balancer)?;
         put.tunnel(&mut c.tunnel, raw.tunnel)?;
         put.relay(&mut c.relay, raw.relay)?;
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
@@ -219,12 +226,36 @@ impl Put<'_> {
         )
     }
 
+    fn balancer(&self, c: &mut BalancerConfig, raw: RawBalancer) -> Result<(), ConfigError> {
+        let policies = [
+            ("round-robin", Policy::RoundRobin),
+            ("random", Policy::Random),
+            ("least-request", Policy::LeastRequest),
+            ("sticky", Policy::Sticky),
+        ];
+        self.choice(&mut c.default, "balancer.default", raw.default, &policies)?;
+        let kinds = "\"node\", \"network\", \"zone\" or \"any\"";
+        self.list(&mut c.prefer, "balancer.prefer", raw.prefer, kinds, |kind| match kind {
+            "node" => Some(Nearness::Node),
+            "network" => Some(Nearness::Network),
+            "zone" => Some(Nearness::Zone),
+            "any" => Some(Nearness::Any),
+            _ => None,
+        })?;
+        let expected = "a number of failures from 0 to 1000";
+        self.value(&mut c.outlier, "balancer.outlier", raw.outlier, expected, |n| {
+            u32::try_from(*n).ok().filter(|n| *n <= 1_000)
+        })
+    }
+
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
         self.flag(&mut c.enable, raw.enable);
         let backends = [("auto", Backend::Auto), ("iptables", Backend::Iptables), ("nft", Backend::Nft)];
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
         self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
+        let net = "a network such as 192.168.0.0/16, or an address";
+        self.list(&mut c.node_ports, "proxy.node_ports", raw.node_ports, net, |s| s.parse().ok())?;
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
             u32::try_from(*n).ok().filter(|n| n.is_power_of_two())
         })?;
@@ -246,20 +277,16 @@ impl Put<'_> {
         let relay = "name@host:port, such as relay-1@relay.example:7843";
         self.list(&mut c.relays, "tunnel.relays", raw.relays, relay, |s| s.parse().ok())?;
         self.number(&mut c.tcp_fallback, "tunnel.tcp_fallback", raw.tcp_fallback, 0..=65_535)?;
-        self.proxy_of_tunnel(c, raw.proxy)
+        self.way_out(&mut c.proxy, "tunnel.proxy", raw.proxy)
     }
 
-    /// Its password must not be in the error.
-    fn proxy_of_tunnel(&self, c: &mut TunnelConfig, raw: Text) -> Result<(), ConfigError> {
+    /// An HTTP proxy. Its password must not be in the error.
+    pub(super) fn way_out(&self, slot: &mut Option<Proxy>, key: &str, raw: Text) -> Result<(), ConfigError> {
         let Some(raw) = raw else { return Ok(()) };
         let text = raw.get_ref();
         let proxy = if text.is_empty() { Ok(None) } else { text.parse().map(Some) };
-        c.proxy = proxy.map_err(|()| {
-            self.error(
-                &raw,
-                "tunnel.proxy",
-                "expected http://host:port or http://user:password@host:port, with % codes",
-            )
+        *slot = proxy.map_err(|()| {
+            self.error(&raw, key, "expected http://host:port or http://user:password@host:port, with % codes")
         })?;
         Ok(())
     }

@@ -350,6 +350,7 @@ mod tests {
                 node: None,
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: true,
                 serving: true,
                 terminating: false,

@@ -165,7 +165,7 @@ impl Access {
             (&user, "auth-provider", "a token (tokenFile) or a client certificate"),
             (&user, "username", "a token or a client certificate: API servers know no passwords since 1.19"),
             (&user, "as", "a user that has the rights itself"),
-            (&cluster, "proxy-url", "an address that is reached without a proxy"),
+            (&cluster, "proxy-url", "kube.proxy of our own configuration"),
         ] {
             if *at.get(key) != Yaml::Null {
                 return Err(format!("{key} is not done here; use {instead}"));

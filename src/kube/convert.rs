@@ -2,11 +2,12 @@
 
 use super::types;
 use crate::table::model::{
-    Addresses, Affinity, Endpoint, Name, NodeInfo, Pod, PodId, Protocol, Service, ServiceId, ServiceKind, ServicePort,
-    Slice, SliceId, SlicePort,
+    Addresses, Affinity, Endpoint, Hints, Name, NodeInfo, Pod, PodId, Protocol, Service, ServiceId, ServiceKind,
+    ServicePort, Slice, SliceId, SlicePort,
 };
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    rc::Rc,
     time::Duration,
 };
 
@@ -193,16 +194,18 @@ pub fn service(id: ServiceId, raw: types::Service, dropped: &mut Dropped, names:
         external_ips: external_ips.into(),
         ports: ports.into(),
         affinity: affinity(&spec)?,
-        local_only: match spec.internal_policy.as_deref() {
-            None | Some("" | "Cluster") => false,
-            Some("Local") => true,
-            Some(other) => {
-                let why = format!("{} is not Cluster or Local", quote(other));
-                return Err(Bad::new("spec.internalTrafficPolicy", why));
-            }
-        },
+        local_only: is_local("spec.internalTrafficPolicy", spec.internal_policy.as_deref())?,
+        external_local: is_local("spec.externalTrafficPolicy", spec.external_policy.as_deref())?,
         not_proxied: labels.proxy_name.is_some() || labels.edgemesh_proxy.is_some() || labels.headless.is_some(),
     })
+}
+
+fn is_local(field: &str, policy: Option<&str>) -> Result<bool, Bad> {
+    match policy {
+        None | Some("" | "Cluster") => Ok(false),
+        Some("Local") => Ok(true),
+        Some(other) => Err(Bad::new(field, format!("{} is not Cluster or Local", quote(other)))),
+    }
 }
 
 fn kind_and_vips(spec: &types::ServiceSpec, names: Intern<'_>) -> Result<(ServiceKind, Addresses), Bad> {
@@ -269,6 +272,7 @@ struct Beside<'a> {
     node: Option<&'a str>,
     zone: Option<&'a str>,
     target: Option<&'a types::TargetRef>,
+    hints: Option<&'a types::Hints>,
 }
 
 impl Beside<'_> {
@@ -284,13 +288,24 @@ impl Beside<'_> {
             address,
             hostname: valid(self.hostname, true).map(Into::into),
             node: valid(self.node, false).map(&mut *names),
-            zone: zone.map(names),
+            zone: zone.map(&mut *names),
             pod: valid(pod, false).map(Into::into),
+            hints: self.hints.and_then(|hints| hinted(hints, names)),
             ready,
             serving: state.serving.unwrap_or(ready),
             terminating: state.terminating.unwrap_or(false),
         }
     }
+}
+
+/// Of each kind the first few; the API allows 8.
+fn hinted(raw: &types::Hints, names: Intern<'_>) -> Option<Rc<Hints>> {
+    let mut list = |raw: &Option<Vec<types::Named>>| -> Box<[Name]> {
+        let all = raw.iter().flatten().filter_map(|n| n.name.as_deref());
+        all.filter(|n| !n.is_empty()).take(8).map(&mut *names).collect()
+    };
+    let (zones, nodes) = (list(&raw.zones), list(&raw.nodes));
+    (zones.len() + nodes.len() > 0).then(|| Hints { zones, nodes }.into())
 }
 
 /// None where it belongs to no Service, or holds names instead of addresses.
@@ -323,6 +338,7 @@ pub fn slice(
             node: endpoint.node.as_deref(),
             zone: endpoint.zone.as_deref(),
             target: endpoint.target.as_ref(),
+            hints: endpoint.hints.as_ref(),
         };
         for (index, text) in endpoint.addresses.iter().flatten().enumerate() {
             let field = || format!("endpoints[{at}].addresses[{index}]");
@@ -365,6 +381,7 @@ pub fn subsets(
                     node: raw.node.as_deref(),
                     zone: None,
                     target: raw.target.as_ref(),
+                    hints: None,
                 };
                 endpoints.push(beside.endpoint(address, &state, names));
             }

@@ -3,7 +3,7 @@
 use super::{
     convert::{self, Bad, Dropped, Intern, SUBSETS_MAX, check_name},
     json::Piece,
-    types,
+    rule, types,
 };
 use crate::table::model::{Name, Object, ObjectId, PodId, ServiceId, SliceId};
 use nanoserde::{DeJson, DeJsonErr, DeJsonErrReason};
@@ -43,6 +43,8 @@ pub enum Kind {
     Endpoints,
     Node,
     Pod,
+    /// Istio's DestinationRule.
+    Rule,
 }
 
 impl Kind {
@@ -54,9 +56,11 @@ impl Kind {
             "Node" => (Self::Node, "v1"),
             "Pod" => (Self::Pod, "v1"),
             "EndpointSlice" => (Self::EndpointSlice, "discovery.k8s.io/v1"),
+            "DestinationRule" => (Self::Rule, "networking.istio.io/"),
             _ => return None,
         };
-        api_version.is_none_or(|version| version == group).then_some(kind)
+        let fits = |version: &str| version == group || (group.ends_with('/') && version.starts_with(group));
+        api_version.is_none_or(fits).then_some(kind)
     }
 
     fn name(self) -> &'static str {
@@ -66,6 +70,7 @@ impl Kind {
             Self::Endpoints => "Endpoints",
             Self::Node => "Node",
             Self::Pod => "Pod",
+            Self::Rule => "DestinationRule",
         }
     }
 }
@@ -137,15 +142,15 @@ fn identify(kind: Kind, meta: &types::Meta, names: Intern<'_>) -> Result<Identit
     let name = meta.name.as_deref().unwrap_or("");
     let namespace = match (kind, meta.namespace.as_deref()) {
         (Kind::Node, _) => "",
-        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod, None | Some("")) => "default",
-        (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod, Some(namespace)) => {
+        (_, None | Some("")) => "default",
+        (_, Some(namespace)) => {
             check_name("metadata.namespace", namespace, true)?;
             namespace
         }
     };
     check_name("metadata.name", name, kind == Kind::Service)?;
     let name = match kind {
-        Kind::Service | Kind::Endpoints | Kind::Node => names(name),
+        Kind::Service | Kind::Endpoints | Kind::Node | Kind::Rule => names(name),
         // Nothing else has these names.
         Kind::EndpointSlice | Kind::Pod => name.into(),
     };
@@ -156,7 +161,7 @@ impl Identity {
     fn what(&self) -> String {
         match self.kind {
             Kind::Node => format!("Node {}", self.name),
-            kind @ (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod) => {
+            kind @ (Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod | Kind::Rule) => {
                 format!("{} {}/{}", kind.name(), self.namespace, self.name)
             }
         }
@@ -182,6 +187,7 @@ impl Identity {
             Kind::Endpoints => (0..SUBSETS_MAX).map(|index| ObjectId::Slice(subset(index))).collect(),
             Kind::Node => vec![ObjectId::Node(self.name.clone())],
             Kind::Pod => vec![ObjectId::Pod(self.pod())],
+            Kind::Rule => vec![ObjectId::Rule(self.service())],
         }
     }
 
@@ -214,6 +220,7 @@ impl Identity {
             }
             Kind::Node => vec![Object::Node(convert::node(self.name.clone(), parse(text)?, dropped, names))],
             Kind::Pod => vec![Object::Pod(convert::pod(self.pod(), parse(text)?, dropped))],
+            Kind::Rule => vec![Object::Rule(rule::read(self.service(), text, names))],
         })
     }
 }

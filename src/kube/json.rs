@@ -33,6 +33,9 @@ impl fmt::Display for JsonError {
 
 impl std::error::Error for JsonError {}
 
+/// Of the member with this key all is kept, whatever its keys: what of it is not known is said.
+const WHOLE: &str = "trafficPolicy";
+
 /// Characters of an integer that fits 64 bits for certain.
 const INTEGER_MAX: u32 = 18;
 
@@ -164,6 +167,8 @@ pub struct Scanner {
     copied: u64,
     /// The depth whose current member is not copied.
     skip: Option<u32>,
+    /// The depth of a [`WHOLE`] that is under way.
+    whole: Option<u32>,
     /// The value to come is a document's `items`.
     items_next: bool,
     in_items: bool,
@@ -188,6 +193,7 @@ impl Scanner {
             objects: 0,
             copied: 0,
             skip: None,
+            whole: None,
             items_next: false,
             in_items: false,
             had_items: false,
@@ -435,6 +441,9 @@ impl Scanner {
             self.skip = None;
             return None;
         }
+        if self.whole == Some(self.depth) {
+            self.whole = None;
+        }
         match self.depth {
             0 if self.had_items => Some(Part::Envelope),
             0 => Some(Part::Whole),
@@ -449,11 +458,18 @@ impl Scanner {
             return;
         }
         let key = std::str::from_utf8(&self.key).unwrap_or_default();
-        if self.key_escaped || (self.keep.binary_search(&key).is_err() && !(self.depth == 1 && key == "items")) {
+        let is_kept = match self.whole {
+            Some(_) => key.len() <= KEY_MAX,
+            None => self.keep.binary_search(&key).is_ok() || (self.depth == 1 && key == "items"),
+        };
+        if self.key_escaped || !is_kept {
             self.skip = Some(self.depth);
-        } else if self.depth == 1 && key == "items" {
+        } else if self.depth == 1 && key == "items" && self.whole.is_none() {
             self.items_next = true;
         } else {
+            if self.whole.is_none() && key == WHOLE {
+                self.whole = Some(self.depth);
+            }
             let key = std::mem::take(&mut self.key);
             self.separate();
             for part in [b"\"", &*key, b"\":"] {

@@ -114,7 +114,7 @@ impl IntoTable<'_, '_, '_> {
                 loading.skipped += 1;
                 return;
             }
-            Object::Service(_) | Object::Node(_) | Object::Pod(_) => 0,
+            Object::Service(_) | Object::Node(_) | Object::Pod(_) | Object::Rule(_) => 0,
         };
         if loading.objects == OBJECTS_MAX {
             return loading

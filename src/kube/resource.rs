@@ -6,8 +6,11 @@ use crate::table::{model::Name, scope::Scope};
 /// Items of one page, as client-go asks for. Each is cut out of the stream and forgotten: this spares the server.
 const PAGE: u32 = 500;
 
-/// One kind of objects of the API. DestinationRules would be a further one: a path, a selector, a kind of `item`, a scope
-/// of the table.
+/// Versions of Istio's API, all with one schema; the first that the server has is used. EdgeMesh brings the last alone.
+const ISTIO: [&str; 3] =
+    ["/apis/networking.istio.io/v1", "/apis/networking.istio.io/v1beta1", "/apis/networking.istio.io/v1alpha3"];
+
+/// One kind of objects of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
     Services,
@@ -17,9 +20,26 @@ pub enum Resource {
     Nodes,
     /// Only where the names of Pods are verified.
     Pods,
+    /// DestinationRules, by the number of the API's version.
+    Rules(usize),
 }
 
 impl Resource {
+    /// The first version of DestinationRules to be asked for: metaServer keeps by version what EdgeMesh asked it for.
+    #[must_use]
+    pub fn rules(metaserver: bool) -> Self {
+        Self::Rules(if metaserver { ISTIO.len() - 1 } else { 0 })
+    }
+
+    /// The same in the next version, where it has several.
+    #[must_use]
+    pub fn next_version(self) -> Option<Self> {
+        match self {
+            Self::Rules(version) => Some(Self::Rules((version + 1) % ISTIO.len())),
+            Self::Services | Self::Slices | Self::Endpoints | Self::Nodes | Self::Pods => None,
+        }
+    }
+
     /// As rules of RBAC name it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -29,6 +49,7 @@ impl Resource {
             Self::Endpoints => "endpoints",
             Self::Nodes => "nodes",
             Self::Pods => "pods",
+            Self::Rules(_) => "destinationrules",
         }
     }
 
@@ -36,6 +57,7 @@ impl Resource {
         match self {
             Self::Services | Self::Endpoints | Self::Nodes | Self::Pods => "/api/v1",
             Self::Slices => "/apis/discovery.k8s.io/v1",
+            Self::Rules(version) => ISTIO[version % ISTIO.len()],
         }
     }
 
@@ -47,6 +69,7 @@ impl Resource {
             Self::Endpoints => Kind::Endpoints,
             Self::Nodes => Kind::Node,
             Self::Pods => Kind::Pod,
+            Self::Rules(_) => Kind::Rule,
         }
     }
 
@@ -55,7 +78,7 @@ impl Resource {
     pub fn is_needed(self) -> bool {
         match self {
             Self::Services | Self::Slices | Self::Endpoints => true,
-            Self::Nodes | Self::Pods => false,
+            Self::Nodes | Self::Pods | Self::Rules(_) => false,
         }
     }
 
@@ -66,7 +89,7 @@ impl Resource {
             Self::Slices => Some(("labelSelector", "kubernetes.io/service-name")),
             // metaServer knows no other field than the name.
             Self::Pods if !metaserver => Some(("fieldSelector", "status.phase!=Succeeded,status.phase!=Failed")),
-            Self::Services | Self::Endpoints | Self::Nodes | Self::Pods => None,
+            Self::Services | Self::Endpoints | Self::Nodes | Self::Pods | Self::Rules(_) => None,
         }
     }
 
@@ -77,6 +100,7 @@ impl Resource {
             Self::Slices | Self::Endpoints => Scope::Slices(namespace.cloned()),
             Self::Nodes => Scope::Nodes,
             Self::Pods => Scope::Pods(namespace.cloned()),
+            Self::Rules(_) => Scope::Rules(namespace.cloned()),
         }
     }
 }

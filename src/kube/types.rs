@@ -18,10 +18,17 @@ pub const KEEP: &[&str] = &[
     "code",
     "conditions",
     "continue",
+    "creationTimestamp",
     "deletionTimestamp",
     "endpoints",
+    "exportTo",
     "externalIPs",
     "externalName",
+    "externalTrafficPolicy",
+    "forNodes",
+    "forZones",
+    "hints",
+    "host",
     "hostname",
     "ingress",
     "internalTrafficPolicy",
@@ -62,8 +69,10 @@ pub const KEEP: &[&str] = &[
     "terminating",
     "timeoutSeconds",
     "topology.kubernetes.io/zone",
+    "trafficPolicy",
     "type",
     "uid",
+    "workloadSelector",
     "zone",
 ];
 
@@ -171,6 +180,8 @@ pub struct ServiceSpec {
     pub affinity_config: Option<AffinityConfig>,
     #[nserde(rename = "internalTrafficPolicy")]
     pub internal_policy: Option<String>,
+    #[nserde(rename = "externalTrafficPolicy")]
+    pub external_policy: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]
@@ -231,6 +242,20 @@ pub struct Endpoint {
     pub zone: Option<String>,
     #[nserde(rename = "targetRef")]
     pub target: Option<TargetRef>,
+    pub hints: Option<Hints>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct Hints {
+    #[nserde(rename = "forZones")]
+    pub zones: Option<Vec<Named>>,
+    #[nserde(rename = "forNodes")]
+    pub nodes: Option<Vec<Named>>,
+}
+
+#[derive(Debug, Default, DeJson)]
+pub struct Named {
+    pub name: Option<String>,
 }
 
 #[derive(Debug, Default, DeJson)]

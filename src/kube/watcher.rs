@@ -15,6 +15,7 @@ use crate::{
         model::{Name, Source},
     },
 };
+pub(super) use answer::value_end;
 use answer::{Answer, Page, Said};
 use lost::Lost;
 use std::time::{Duration, Instant};
@@ -166,6 +167,8 @@ pub struct Watcher {
     retries: u8,
     pages: u32,
     gone: u8,
+    /// Versions of the API that the server does not have, in a row.
+    absent: u8,
     internal_since: Option<Instant>,
     refused_token: u8,
     relist: Option<Instant>,
@@ -206,6 +209,7 @@ impl Watcher {
             retries: 0,
             pages: 0,
             gone: 0,
+            absent: 0,
             internal_since: None,
             refused_token: 0,
             relist: None,
@@ -516,7 +520,7 @@ impl Watcher {
 
     /// It works (again).
     fn well(&mut self) {
-        (self.retries, self.refused_token) = (0, 0);
+        (self.retries, self.refused_token, self.absent) = (0, 0, 0);
         self.slow.reset();
         if self.listed && !std::mem::replace(&mut self.synced, true) {
             self.since = self.now;

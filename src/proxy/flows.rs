@@ -3,7 +3,7 @@
 
 use super::{
     nft::wire::{Attrs, NLM_F_ACK, NLM_F_DUMP, attr, message},
-    rules::{Action, Desired, REFUSED},
+    rules::Desired,
 };
 use crate::sorted::Map;
 use crate::table::model::Protocol;
@@ -23,11 +23,7 @@ pub type Ways = Map<SocketAddr, Option<u16>>;
 
 fn ways(desired: &Desired) -> Ways {
     let udp = desired.rules.iter().filter(|r| r.protocol == Protocol::Udp);
-    let to = |action| match action {
-        Action::Redirect(port) => port,
-        Action::Refuse => REFUSED,
-    };
-    udp.map(|r| (SocketAddr::new(r.address, r.port), Some(to(r.action)))).collect()
+    udp.map(|r| (SocketAddr::new(r.address, r.port), Some(r.action.port()))).collect()
 }
 
 /// What is to be done about UDP since the rules were others.
@@ -83,7 +79,7 @@ pub fn delete_stale(seq: u32, body: &[u8], ways: &Ways, own: IpAddr) -> Option<V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proxy::rules::{Catch, Rule};
+    use crate::proxy::rules::{Action, Catch, REFUSED, Rule};
 
     const OWN: &str = "169.254.96.16";
 
@@ -97,7 +93,14 @@ mod tests {
             Rule { address: to.ip(), protocol: Protocol::Udp, port: to.port(), action: *action }
         };
         let rules = rules.iter().map(rule).collect();
-        Desired { address: OWN.parse().unwrap(), mark: 1, catch: Catch::AllBut(vec![]), rules, left_out: 0 }
+        Desired {
+            address: OWN.parse().unwrap(),
+            mark: 1,
+            catch: Catch::AllBut(vec![]),
+            rules,
+            outside: vec![],
+            left_out: 0,
+        }
     }
 
     fn tuple(a: &mut Attrs<'_>, kind: u16, protocol: u8, from: SocketAddr, to: SocketAddr) {

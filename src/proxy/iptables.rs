@@ -1,10 +1,12 @@
 //! Desired rules -> the text of `iptables-restore --noflush`, and the text that takes them away again.
 //! Everything of ours is in chains named `WEFT-*`; what `iptables-save` prints tells what is there.
 
-use super::rules::{Action, Catch, DEVICE, Desired, REFUSED, Rule};
+use super::cover::Net;
+use super::rules::{Catch, DEVICE, DISCARD, Desired, REFUSED, Rule};
 use crate::sorted::Set;
 use crate::table::model::Protocol;
 use std::fmt::{self, Write as _};
+use std::net::SocketAddr;
 
 /// What all our chains' names begin with.
 const OURS: &str = "WEFT-";
@@ -32,7 +34,7 @@ impl Kind {
 
     fn chains(self) -> &'static [&'static str] {
         match self {
-            Self::Nat => &["WEFT-PRE", "WEFT-SVC"],
+            Self::Nat => &["WEFT-PRE", "WEFT-NODE", "WEFT-SVC"],
             Self::Filter => &["WEFT-INPUT", "WEFT-REJECT"],
         }
     }
@@ -216,6 +218,8 @@ impl fmt::Display for Body<'_> {
 }
 
 fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    // By whichever interface, so before those are looked at.
+    writeln!(f, "-A WEFT-PRE -j WEFT-NODE")?;
     match &desired.catch {
         Catch::Only(names) => {
             for name in names {
@@ -230,14 +234,11 @@ fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         }
     }
     writeln!(f, "-A WEFT-SVC -m mark --mark {0:#x}/{0:#x} -j RETURN", desired.mark)?;
-    for Rule { address, protocol: p, port, action } in &desired.rules {
-        let p = protocol(*p);
-        let to = match action {
-            Action::Redirect(port) => *port,
-            Action::Refuse => REFUSED,
-        };
-        let own = desired.address;
-        writeln!(f, "-A WEFT-SVC -d {address}/32 -p {p} -m {p} --dport {port} -j DNAT --to-destination {own}:{to}")?;
+    for (chain, rules) in [("WEFT-NODE", &desired.outside), ("WEFT-SVC", &desired.rules)] {
+        for Rule { address, protocol: p, port, action } in rules {
+            let (p, host, to) = (protocol(*p), Net::host(*address), SocketAddr::new(desired.address, action.port()));
+            writeln!(f, "-A {chain} -d {host} -p {p} -m {p} --dport {port} -j DNAT --to-destination {to}")?;
+        }
     }
     Ok(())
 }
@@ -246,19 +247,27 @@ fn nat(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 /// redirected (that of the host itself is left to the proxy, which closes and counts it).
 fn filter(desired: &Desired, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     const RESET: &str = "-j REJECT --reject-with tcp-reset";
-    const UNREACHABLE: &str = "-j REJECT --reject-with icmp-port-unreachable";
-    let own = desired.address;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp -m tcp --dport {REFUSED} {RESET}")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp -m udp --dport {REFUSED} {UNREACHABLE}")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -m conntrack --ctstate DNAT -j ACCEPT")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -i lo -j ACCEPT")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p tcp {RESET}")?;
-    writeln!(f, "-A WEFT-INPUT -d {own}/32 -p udp {UNREACHABLE}")?;
+    let own = Net::host(desired.address);
+    let (icmp, many) = if desired.address.is_ipv4() { ("icmp", "224.0.0.0/4") } else { ("icmp6", "ff00::/8") };
+    let unreachable = format!("-j REJECT --reject-with {icmp}-port-unreachable");
+    writeln!(f, "-A WEFT-INPUT -d {own} -p tcp -m tcp --dport {REFUSED} {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own} -p udp -m udp --dport {REFUSED} {unreachable}")?;
+    for p in ["tcp", "udp"] {
+        writeln!(f, "-A WEFT-INPUT -d {own} -p {p} -m {p} --dport {DISCARD} -j DROP")?;
+    }
+    writeln!(f, "-A WEFT-INPUT -d {own} -m conntrack --ctstate DNAT -j ACCEPT")?;
+    writeln!(f, "-A WEFT-INPUT -d {own} -i lo -j ACCEPT")?;
+    writeln!(f, "-A WEFT-INPUT -d {own} -p tcp {RESET}")?;
+    writeln!(f, "-A WEFT-INPUT -d {own} -p udp {unreachable}")?;
     // What was redirected still names weft0 in OUTPUT: the route was chosen before.
     writeln!(f, "-A WEFT-REJECT -m conntrack --ctstate DNAT -j RETURN")?;
-    writeln!(f, "-A WEFT-REJECT -d 224.0.0.0/4 -j RETURN")?;
+    if desired.address.is_ipv6() {
+        // Neighbour discovery.
+        writeln!(f, "-A WEFT-REJECT -p ipv6-icmp -j RETURN")?;
+    }
+    writeln!(f, "-A WEFT-REJECT -d {many} -j RETURN")?;
     writeln!(f, "-A WEFT-REJECT -p tcp {RESET}")?;
-    writeln!(f, "-A WEFT-REJECT {UNREACHABLE}")
+    writeln!(f, "-A WEFT-REJECT {unreachable}")
 }
 
 /// The tables that are there for us alone. Whoever flushes them takes our mark too: the caller remembers.

@@ -1,8 +1,8 @@
 //! Messages of rtnetlink, and the two of nfnetlink that we need: encoder and decoder. Netlink is spoken
 //! inside one kernel and is host-endian by definition (netlink(7)); addresses are in network order.
 
-use super::cover::Prefix;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use super::cover::{Net, Prefix};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// `rtm_protocol` of our routes. Neither linux/rtnetlink.h nor iproute2's rt_protos gives it to anybody;
 /// it is the letter w.
@@ -61,7 +61,9 @@ const IFLA_IFALIAS: u16 = 20;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const IFA_CACHEINFO: u16 = 6;
 const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u8 = 0x02;
 const IFA_F_TEMPORARY: u32 = 0x01;
 /// Duplicate, deprecated, tentative: no address to be reached at, or not for long.
 const IFA_F_UNFIT: u32 = 0x08 | 0x20 | 0x40;
@@ -187,25 +189,43 @@ pub fn dump_links(seq: u32) -> Vec<u8> {
     Message::new(RTM_GETLINK, NLM_F_DUMP, seq, &ifinfo(0, 0, 0)).done()
 }
 
+fn octets(ip: IpAddr) -> (u8, Vec<u8>) {
+    match ip {
+        IpAddr::V4(v4) => (AF_INET, v4.octets().into()),
+        IpAddr::V6(v6) => (AF_INET6, v6.octets().into()),
+    }
+}
+
 /// ifaddrmsg: family, prefix length, flags, scope, index u32.
-fn address(kind: u16, flags: u16, seq: u32, index: u32, ip: Ipv4Addr) -> Vec<u8> {
-    let mut fixed = vec![AF_INET, 32, 0, RT_SCOPE_LINK];
+fn address(kind: u16, flags: u16, seq: u32, index: u32, ip: IpAddr) -> Message {
+    let (family, octets) = octets(ip);
+    // Nobody else is on our device to have the same one.
+    let mut fixed = vec![family, Net::host(ip).length(), IFA_F_NODAD, RT_SCOPE_LINK];
+    if family == AF_INET {
+        fixed[2] = 0;
+    }
     fixed.extend(index.to_ne_bytes());
-    Message::new(kind, NLM_F_ACK | flags, seq, &fixed)
-        .attr(IFA_LOCAL, &ip.octets())
-        .attr(IFA_ADDRESS, &ip.octets())
-        .done()
+    Message::new(kind, NLM_F_ACK | flags, seq, &fixed).attr(IFA_LOCAL, &octets).attr(IFA_ADDRESS, &octets)
 }
 
-/// Adds ip/32. Of link scope, so that the kernel never takes it as the source towards other machines.
+/// Adds the address alone. Of link scope, or deprecated from the start, so that the kernel never takes it as the source
+/// towards other machines.
 #[must_use]
-pub fn add_address(seq: u32, index: u32, ip: Ipv4Addr) -> Vec<u8> {
-    address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, seq, index, ip)
+pub fn add_address(seq: u32, index: u32, ip: IpAddr) -> Vec<u8> {
+    let message = address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, seq, index, ip);
+    match ip {
+        IpAddr::V4(_) => message.done(),
+        // ifa_cacheinfo: preferred for no time, valid for ever; two stamps.
+        IpAddr::V6(_) => {
+            let times = [0, u32::MAX, 0, 0].map(u32::to_ne_bytes).concat();
+            message.attr(IFA_CACHEINFO, &times).done()
+        }
+    }
 }
 
 #[must_use]
-pub fn delete_address(seq: u32, index: u32, ip: Ipv4Addr) -> Vec<u8> {
-    address(RTM_DELADDR, 0, seq, index, ip)
+pub fn delete_address(seq: u32, index: u32, ip: IpAddr) -> Vec<u8> {
+    address(RTM_DELADDR, 0, seq, index, ip).done()
 }
 
 #[must_use]
@@ -214,23 +234,24 @@ pub fn dump_addresses(seq: u32) -> Vec<u8> {
 }
 
 /// rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags u32.
-fn route(kind: u16, flags: u16, seq: u32, index: u32, to: Prefix) -> Vec<u8> {
-    let mut fixed = vec![AF_INET, to.length(), 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_LINK, RTN_UNICAST];
+fn route(kind: u16, flags: u16, seq: u32, index: u32, to: Net) -> Vec<u8> {
+    let (family, octets) = octets(to.address());
+    let mut fixed = vec![family, to.length(), 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, RT_SCOPE_LINK, RTN_UNICAST];
     fixed.extend([0; 4]);
     Message::new(kind, NLM_F_ACK | flags, seq, &fixed)
-        .attr(RTA_DST, &to.address().octets())
+        .attr(RTA_DST, &octets)
         .attr(RTA_OIF, &index.to_ne_bytes())
         .attr(RTA_PRIORITY, &METRIC.to_ne_bytes())
         .done()
 }
 
 #[must_use]
-pub fn add_route(seq: u32, index: u32, to: Prefix) -> Vec<u8> {
+pub fn add_route(seq: u32, index: u32, to: Net) -> Vec<u8> {
     route(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, seq, index, to)
 }
 
 #[must_use]
-pub fn delete_route(seq: u32, index: u32, to: Prefix) -> Vec<u8> {
+pub fn delete_route(seq: u32, index: u32, to: Net) -> Vec<u8> {
     route(RTM_DELROUTE, 0, seq, index, to)
 }
 
@@ -253,26 +274,30 @@ pub fn dump_routes6(seq: u32) -> Vec<u8> {
     Message::new(RTM_GETROUTE, NLM_F_DUMP, seq, &fixed).done()
 }
 
+fn family(v4: bool) -> u8 {
+    if v4 { AF_INET } else { AF_INET6 }
+}
+
 fn nft(kind: u16) -> u16 {
     NFNL_SUBSYS_NFTABLES << 8 | kind
 }
 
-/// Asks how much is in a table of the family ip.
+/// Asks how much is in a table of the family ip, or ip6.
 #[must_use]
-pub fn get_nft_table(seq: u32, name: &str) -> Vec<u8> {
-    Message::new(nft(NFT_MSG_GETTABLE), NLM_F_ACK, seq, &[AF_INET, 0, 0, 0])
+pub fn get_nft_table(seq: u32, v4: bool, name: &str) -> Vec<u8> {
+    Message::new(nft(NFT_MSG_GETTABLE), NLM_F_ACK, seq, &[family(v4), 0, 0, 0])
         .attr(NFTA_TABLE_NAME, &zero_ended(name))
         .done()
 }
 
 /// Deletes a table of the family ip; the kernel refuses where anything is in it. Answered under `seq`.
 #[must_use]
-pub fn delete_nft_table(seq: u32, name: &str) -> Vec<u8> {
+pub fn delete_nft_table(seq: u32, v4: bool, name: &str) -> Vec<u8> {
     // nfgenmsg: family, version, resource id in network order: the batch's subsystem.
     let subsystem = [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8];
     [
         Message::new(NFNL_MSG_BATCH_BEGIN, 0, seq, &subsystem).done(),
-        Message::new(nft(NFT_MSG_DELTABLE), NLM_F_ACK | NLM_F_NONREC, seq, &[AF_INET, 0, 0, 0])
+        Message::new(nft(NFT_MSG_DELTABLE), NLM_F_ACK | NLM_F_NONREC, seq, &[family(v4), 0, 0, 0])
             .attr(NFTA_TABLE_NAME, &zero_ended(name))
             .done(),
         Message::new(NFNL_MSG_BATCH_END, 0, seq, &subsystem).done(),
@@ -333,6 +358,7 @@ pub struct Address6 {
 pub struct Route6 {
     pub to: Ipv6Addr,
     pub length: u8,
+    pub protocol: u8,
     pub metric: u32,
     /// Not of the table of local addresses, and of a type that leads out.
     pub leads_out: bool,
@@ -407,7 +433,7 @@ fn address6_of(body: &[u8]) -> Option<Address6> {
 }
 
 fn route6_of(body: &[u8]) -> Option<Route6> {
-    let [_, length, _, _, table, _, _, kind] = *body.get(..8)? else { return None };
+    let [_, length, _, _, table, protocol, _, kind] = *body.get(..8)? else { return None };
     let (mut table, mut to) = (u32::from(table), Ipv6Addr::UNSPECIFIED);
     let (mut metric, mut devices) = (0, Vec::new());
     for (kind, value) in attrs(body.get(12..)?) {
@@ -421,7 +447,7 @@ fn route6_of(body: &[u8]) -> Option<Route6> {
         }
     }
     let leads_out = table != RT_TABLE_LOCAL && kind == RTN_UNICAST;
-    Some(Route6 { to, length, metric, leads_out, devices })
+    Some(Route6 { to, length, protocol, metric, leads_out, devices })
 }
 
 fn route_of(body: &[u8]) -> Option<Route> {

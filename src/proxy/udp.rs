@@ -42,7 +42,7 @@ pub fn wanted(table: &Table) -> Set<PortId> {
     let mut out = Set::new();
     for service in proxied(table) {
         for port in service.ports.iter().filter(|p| p.protocol == Protocol::Udp) {
-            if out.len() < PORTS_MAX && served(table, &service.id, &port.name, Protocol::Udp) {
+            if out.len() < PORTS_MAX && served(table, &service.id, &port.name, Protocol::Udp, None) {
                 out.insert((service.id.clone(), port.number));
             }
         }
@@ -50,10 +50,14 @@ pub fn wanted(table: &Table) -> Set<PortId> {
     out
 }
 
-/// Whether a port has an endpoint that could answer.
+/// Whether a port has an endpoint that could answer, of one family or of any.
 #[must_use]
-pub fn served(table: &Table, id: &ServiceId, name: &str, protocol: Protocol) -> bool {
-    table.endpoints(id).any(|(slice, e)| (e.ready || e.serving) && Table::target_port(slice, name, protocol).is_some())
+pub fn served(table: &Table, id: &ServiceId, name: &str, protocol: Protocol, v4: Option<bool>) -> bool {
+    table.endpoints(id).any(|(slice, e)| {
+        (e.ready || e.serving)
+            && v4.is_none_or(|v4| e.address.is_ipv4() == v4)
+            && Table::target_port(slice, name, protocol).is_some()
+    })
 }
 
 /// Whether an endpoint still belongs to the port, and serves.

@@ -1,27 +1,20 @@
 //! Which endpoint a connection goes to: nearness, policy, affinity.
 
+mod state;
+
 use super::{
     Table,
     model::{Affinity, Name, Protocol, Service, ServiceId, ServicePort},
     packed::{About, EndpointRef},
+    rule::{Choice, Number, Traffic},
 };
-use crate::config::Policy;
 use crate::sorted::Set;
-use lru::LruCache;
+pub use state::{Balancer, Fared, OUTLIER};
 use std::{
     net::{IpAddr, SocketAddr},
-    num::NonZeroUsize,
-    time::{Duration, Instant},
+    rc::Rc,
+    time::Instant,
 };
-
-/// Clients whose endpoint is remembered; when full the one that was seen longest ago may get another endpoint.
-const AFFINITIES_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4095);
-
-/// Service ports whose turn is remembered; when full the one that was asked longest ago starts anew anywhere.
-const CURSORS_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4095);
-
-/// For the policy `sticky` where the Service itself asks for no affinity (the default of Kubernetes' ClientIPConfig).
-const STICKY_TIMEOUT: Duration = Duration::from_secs(10_800);
 
 /// Who we are, for nearness and for what is ours.
 #[derive(Clone, Debug, Default)]
@@ -40,11 +33,16 @@ pub struct Here {
 pub enum Nearness {
     /// On this node.
     Node,
+    /// On a node of our network, or here.
+    Network,
     /// In our zone, or on a node of our network.
     Zone,
     /// Wherever it is.
     Any,
 }
+
+/// The order that is usual.
+pub const PREFER: [Nearness; 3] = [Nearness::Node, Nearness::Zone, Nearness::Any];
 
 /// One connection that wants an endpoint.
 #[derive(Clone, Copy, Debug)]
@@ -72,66 +70,19 @@ pub enum NoTarget {
     NotAService,
     /// It has no endpoint that serves (or all were tried).
     NoEndpoint,
+    /// It has as many connections as its rule allows.
+    Full,
 }
 
-type PortId = (ServiceId, u16, Protocol);
+/// A Service and its port.
+pub type PortId = (ServiceId, u16, Protocol);
 
-#[derive(Debug)]
-struct Stuck {
-    address: SocketAddr,
-    used: Instant,
-}
-
-/// The balancer's own state: cursors and affinities. Owned by the proxy.
-#[derive(Debug)]
-pub struct Balancer {
-    pub policy: Policy,
-    /// The nearest kind that has an endpoint is used; `Any` is always the last. Only `[Any]` is the even spread over
-    /// all endpoints that kube-proxy does.
-    pub prefer: Vec<Nearness>,
-    rng: fastrand::Rng,
-    cursors: LruCache<PortId, usize>,
-    affinities: LruCache<(IpAddr, PortId), Stuck>,
-}
-
-impl Balancer {
-    #[must_use]
-    pub fn new(policy: Policy, rng: fastrand::Rng) -> Self {
-        Self {
-            policy,
-            prefer: vec![Nearness::Node, Nearness::Zone, Nearness::Any],
-            rng,
-            cursors: LruCache::sparse(CURSORS_MAX),
-            affinities: LruCache::sparse(AFFINITIES_MAX),
-        }
-    }
-
-    /// The next in turn of `n` for a Service's port. The first is any, lest all nodes begin with the same endpoint.
-    fn turn(&mut self, port: &PortId, n: usize) -> usize {
-        let Self { policy, rng, cursors, .. } = self;
-        match policy {
-            Policy::Random => rng.usize(..n),
-            Policy::RoundRobin | Policy::Sticky => match cursors.get_mut(port) {
-                Some(cursor) => {
-                    *cursor = cursor.wrapping_add(1);
-                    *cursor % n
-                }
-                None => {
-                    let first = rng.usize(..n);
-                    cursors.put(port.clone(), first);
-                    first
-                }
-            },
-        }
-    }
-
-    fn timeout(&self, service: &Service) -> Option<Duration> {
-        match (service.affinity, self.policy) {
-            (Affinity::ClientIp { timeout }, _) => Some(timeout),
-            (Affinity::None, Policy::Sticky) => Some(STICKY_TIMEOUT),
-            (Affinity::None, Policy::RoundRobin | Policy::Random) => None,
-        }
-    }
+/// An endpoint that was picked, and what its Service's rule says of the connection.
+#[derive(Clone, Debug)]
+pub struct Pick {
+    pub target: Target,
+    pub port: PortId,
+    pub traffic: Option<Rc<Traffic>>,
 }
 
 /// Where an endpoint is, seen from here.
@@ -143,13 +94,16 @@ enum Place<'t> {
     Far(&'t Name),
 }
 
+/// Smaller is better: whether it is left out for its failures; whether it is terminating, and so a last resort; whether
+/// hints mean others; and its place in `prefer`.
+type Rank = (bool, bool, bool, usize);
+
 #[derive(Clone, Copy, Debug)]
 struct Candidate<'t> {
     address: SocketAddr,
-    /// Terminating and still serving: used only where there is none that is ready.
-    last_resort: bool,
-    /// Smaller is nearer: the place in `prefer`.
-    distance: usize,
+    rank: Rank,
+    /// Connections that it has from here.
+    live: u32,
     place: Place<'t>,
 }
 
@@ -159,37 +113,49 @@ impl Table {
     /// # Errors
     /// When no Service has the address, or none of its endpoints is left.
     pub fn route(&self, here: &Here, ask: Ask<'_>, balancer: &mut Balancer, now: Instant) -> Result<Target, NoTarget> {
+        self.pick(here, ask, None, balancer, now).map(|pick| pick.target)
+    }
+
+    /// The same with a hash of the header that [`Table::wants_header`] names. Who makes the connection tells the balancer
+    /// how it goes.
+    ///
+    /// # Errors
+    /// As [`Table::route`], and where the rule allows no more connections.
+    pub fn pick(
+        &self,
+        here: &Here,
+        ask: Ask<'_>,
+        key: Option<u64>,
+        balancer: &mut Balancer,
+        now: Instant,
+    ) -> Result<Pick, NoTarget> {
         let (service, port) = self.asked(&ask).ok_or(NoTarget::NotAService)?;
-        let mut candidates = self.candidates(here, &ask, service, port, &balancer.prefer);
-        let last_resort = candidates.iter().all(|c| c.last_resort);
-        candidates.retain(|c| c.last_resort == last_resort);
+        let candidates = self.candidates(here, &ask, service, port, &balancer.prefer);
         let id = (service.id.clone(), port.number, port.protocol);
-        let timeout = balancer.timeout(service);
-        let key = (ask.client, id);
-        let stuck = timeout.and_then(|timeout| {
-            let stuck = balancer.affinities.get(&key).filter(|s| now.saturating_duration_since(s.used) <= timeout)?;
-            candidates.iter().find(|c| c.address == stuck.address).copied()
-        });
-        let picked = match stuck {
-            Some(stuck) => stuck,
-            None => {
-                let nearest = candidates.iter().map(|c| c.distance).min().ok_or(NoTarget::NoEndpoint)?;
-                candidates.retain(|c| c.distance == nearest);
-                candidates.sort_unstable_by_key(|c| c.address);
-                candidates.dedup_by_key(|c| c.address);
-                candidates[balancer.turn(&key.1, candidates.len())]
-            }
-        };
-        if timeout.is_some() {
-            balancer.affinities.put(key, Stuck { address: picked.address, used: now });
+        let traffic = self.traffic(&service.id, port);
+        if ask.tried.is_empty() && balancer.is_full(&id, traffic.and_then(|t| t.number(Number::Connections))) {
+            return Err(NoTarget::Full);
         }
+        let rule = traffic.map(Rc::as_ref);
+        let picked = balancer.choose(service, &id, (rule, key), &ask, candidates, now).ok_or(NoTarget::NoEndpoint)?;
         let Candidate { address, place, .. } = picked;
-        Ok(match place {
+        let target = match place {
             Place::Here | Place::Direct => Target::Local(address),
             Place::Far(node) => {
                 Target::Remote { node: node.clone(), service: service.id.clone(), port: port.number, address }
             }
-        })
+        };
+        Ok(Pick { target, port: id, traffic: traffic.cloned() })
+    }
+
+    /// The header by which the rule of what is asked for chooses; the Service's own affinity has precedence.
+    #[must_use]
+    pub fn wants_header(&self, ask: &Ask<'_>) -> Option<Name> {
+        let (service, port) = self.asked(ask).filter(|(s, _)| s.affinity == Affinity::None)?;
+        match &self.traffic(&service.id, port)?.choice {
+            Some(Choice::Header(name)) => Some(name.clone()),
+            Some(Choice::RoundRobin | Choice::Random | Choice::LeastRequest | Choice::SourceIp) | None => None,
+        }
     }
 
     /// The far end's check of a peer's wish: the endpoint belongs to that port of the Service and is on this node, or
@@ -207,9 +173,12 @@ impl Table {
         })
     }
 
-    /// External addresses may be shared by Services with different ports.
+    /// External addresses may be shared by Services with different ports; what is no Service's is a node's.
     fn asked(&self, ask: &Ask<'_>) -> Option<(&Service, &ServicePort)> {
         let address = ask.destination.ip();
+        if self.by_vip(address).is_none() {
+            return self.by_node_port(ask.destination.port(), ask.protocol);
+        }
         self.all_by_vip(address)
             .filter(|s| !s.not_proxied)
             .filter_map(|s| {
@@ -228,11 +197,15 @@ impl Table {
         prefer: &[Nearness],
     ) -> Vec<Candidate<'t>> {
         let zone = self.own_zone(here);
-        // internalTrafficPolicy is about the virtual addresses only.
-        let local_only = service.local_only && service.vips.contains(&ask.destination.ip());
+        // internalTrafficPolicy is about the virtual addresses, the external one about the others, and about who asks
+        // from elsewhere: this host is its own client at an address of its own.
+        let to = ask.destination.ip();
+        let external = || service.external_local && ask.client != to;
+        let local_only = if service.vips.contains(&to) { service.local_only } else { external() };
         let distance = |endpoint: EndpointRef<'_>, place| {
             let near = |nearness: &Nearness| match nearness {
                 Nearness::Node => place == Place::Here,
+                Nearness::Network => place == Place::Here || (place == Place::Direct && endpoint.node.is_some()),
                 Nearness::Zone => match place {
                     Place::Here => true,
                     Place::Direct if endpoint.node.is_some() => true,
@@ -242,21 +215,32 @@ impl Table {
             };
             prefer.iter().position(near).unwrap_or(prefer.len())
         };
-        self.endpoints(&service.id)
-            .filter(|(_, e)| e.ready || (e.serving && e.terminating))
-            .filter(|(_, e)| e.address.is_ipv4() == ask.destination.is_ipv4())
-            .filter_map(|(slice, e)| {
-                let number = Self::target_port(slice, &port.name, port.protocol)?;
-                let place = self.place(here, e);
-                Some(Candidate {
-                    address: SocketAddr::new(e.address, number),
-                    last_resort: !e.ready,
-                    distance: distance(e, place),
-                    place,
-                })
-            })
-            .filter(|c| !ask.tried.contains(&c.address) && (!local_only || c.place == Place::Here))
-            .collect()
+        let of_family = self.endpoints(&service.id).filter(|(_, e)| e.address.is_ipv4() == ask.destination.is_ipv4());
+        let serving = of_family.filter(|(_, e)| e.ready || (e.serving && e.terminating));
+        let mut found = Vec::new();
+        let (mut by_node, mut by_zone) = ((true, false), (true, false));
+        for (slice, e) in serving {
+            let Some(number) = Self::target_port(slice, &port.name, port.protocol) else { continue };
+            let place = self.place(here, e);
+            if local_only && place != Place::Here {
+                continue;
+            }
+            let has = |names: &[Name], own: &str| names.iter().any(|n| **n == *own);
+            let (nodes, zones) = e.about().hints.as_ref().map_or((&[][..], &[][..]), |h| (&*h.nodes, &*h.zones));
+            let ours = (has(nodes, &here.node), zone.is_some_and(|zone| has(zones, zone)));
+            if e.ready {
+                by_node = (by_node.0 && !nodes.is_empty(), by_node.1 || ours.0);
+                by_zone = (by_zone.0 && !zones.is_empty(), by_zone.1 || ours.1);
+            }
+            found.push((SocketAddr::new(e.address, number), !e.ready, ours, distance(e, place), place));
+        }
+        // As kube-proxy: hints count where every ready endpoint has one and one is for us.
+        let (by_node, by_zone) = (by_node == (true, true) && !local_only, by_zone == (true, true) && !local_only);
+        let candidate = |(address, last_resort, ours, distance, place): (_, _, (bool, bool), _, _)| {
+            let for_others = if by_node { !ours.0 } else { by_zone && !ours.1 };
+            Candidate { address, rank: (false, last_resort, for_others, distance), live: 0, place }
+        };
+        found.into_iter().map(candidate).collect()
     }
 
     /// Sites behind NATs often have the same private addresses, so an endpoint without a node is another node's only
@@ -296,7 +280,9 @@ impl Table {
         }
     }
 
-    fn zone_of<'t>(&'t self, endpoint: &'t About) -> Option<&'t str> {
+    /// That of the slice, else of its node.
+    #[must_use]
+    pub fn zone_of<'t>(&'t self, endpoint: &'t About) -> Option<&'t str> {
         let of_node = || self.node(endpoint.node.as_ref()?)?.zone.as_deref();
         endpoint.zone.as_deref().or_else(of_node)
     }

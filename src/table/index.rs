@@ -2,6 +2,7 @@
 //! endpoints cost 200 kB and not a megabyte: distinct addresses or names may share a key, and the reader checks what it
 //! finds.
 
+use super::model::Protocol;
 use siphasher::sip::SipHasher13;
 use std::{
     hash::{Hash, Hasher},
@@ -94,6 +95,11 @@ pub(super) fn of_address(address: IpAddr) -> u32 {
         IpAddr::V4(v4) => v4.to_bits(),
         IpAddr::V6(v6) => hash(&v6.octets()),
     }
+}
+
+/// In 0.0.0.0/8, which is nobody's address.
+pub(super) fn of_node_port(number: u16, protocol: Protocol) -> u32 {
+    (protocol as u32) << 16 | u32::from(number)
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "any 32 bits of the hash are as good as any others")]

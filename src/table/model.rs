@@ -1,5 +1,6 @@
 //! What a cluster consists of, reduced to what DNS, proxy and tunnel need.
 
+use super::rule::Rule;
 use std::{net::IpAddr, ops::Deref, rc::Rc, time::Duration};
 
 /// An interned name; cloning is a count.
@@ -107,6 +108,8 @@ pub struct Service {
     pub affinity: Affinity,
     /// internalTrafficPolicy: Local.
     pub local_only: bool,
+    /// externalTrafficPolicy: Local.
+    pub external_local: bool,
     /// Carries a label that gives it to another proxy (`service.kubernetes.io/service-proxy-name`, …/headless).
     pub not_proxied: bool,
 }
@@ -162,9 +165,17 @@ pub struct Endpoint {
     pub zone: Option<Name>,
     /// Name of the Pod that it stands for.
     pub pod: Option<Name>,
+    pub hints: Option<Rc<Hints>>,
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+}
+
+/// For whom the cloud means an endpoint (EndpointHints).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Hints {
+    pub zones: Box<[Name]>,
+    pub nodes: Box<[Name]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -194,6 +205,7 @@ pub enum Object {
     Node(NodeInfo),
     /// Only where the names of Pods are verified.
     Pod(Pod),
+    Rule(Rule),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -202,6 +214,8 @@ pub enum ObjectId {
     Slice(SliceId),
     Node(Name),
     Pod(PodId),
+    /// Its own name, not that of its host.
+    Rule(ServiceId),
 }
 
 impl Object {
@@ -212,6 +226,7 @@ impl Object {
             Self::Slice(s) => ObjectId::Slice(s.id.clone()),
             Self::Node(n) => ObjectId::Node(n.name.clone()),
             Self::Pod(p) => ObjectId::Pod(p.id.clone()),
+            Self::Rule(r) => ObjectId::Rule(r.id.clone()),
         }
     }
 }

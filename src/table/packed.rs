@@ -2,7 +2,7 @@
 //! of one is shared: it costs 16 bytes with an IPv4 address, and 24 with another.
 
 use super::{
-    model::{Endpoint, Name, SlicePort},
+    model::{Endpoint, Hints, Name, SlicePort},
     pool::Pool,
 };
 use std::{
@@ -19,6 +19,7 @@ pub struct About {
     pub zone: Option<Name>,
     /// Name of the Pod that it stands for.
     pub pod: Option<Name>,
+    pub hints: Option<Rc<Hints>>,
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
@@ -77,9 +78,9 @@ impl StoredSlice {
     ) -> Self {
         let all_v4 = endpoints.iter().all(|e| e.address.is_ipv4());
         let rows = endpoints.into_iter().map(|e| {
-            let Endpoint { address, hostname, mut node, mut zone, pod, ready, serving, terminating } = e;
+            let Endpoint { address, hostname, mut node, mut zone, pod, hints, ready, serving, terminating } = e;
             node.iter_mut().chain(&mut zone).for_each(|name| names.share(name));
-            let mut about = Rc::new(About { hostname, node, zone, pod, ready, serving, terminating });
+            let mut about = Rc::new(About { hostname, node, zone, pod, hints, ready, serving, terminating });
             abouts.share(&mut about);
             (address, about)
         });
@@ -132,10 +133,11 @@ impl StoredSlice {
 #[cfg(test)]
 impl EndpointRef<'_> {
     pub(super) fn unpack(&self) -> Endpoint {
-        let About { hostname, node, zone, pod, ready, serving, terminating } = self.about;
+        let About { hostname, node, zone, pod, hints, ready, serving, terminating } = self.about;
         let (hostname, node, zone, pod) = (hostname.clone(), node.clone(), zone.clone(), pod.clone());
+        let hints = hints.clone();
         let (address, ready, serving, terminating) = (self.address, *ready, *serving, *terminating);
-        Endpoint { address, hostname, node, zone, pod, ready, serving, terminating }
+        Endpoint { address, hostname, node, zone, pod, hints, ready, serving, terminating }
     }
 }
 
@@ -163,6 +165,7 @@ mod tests {
                 node: Some("edge-1".into()),
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: true,
                 serving: true,
                 terminating: false,

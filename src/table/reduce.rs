@@ -36,6 +36,7 @@ impl Table {
                     Object::Slice(slice) => self.put_slice(source, generation, slice),
                     Object::Node(node) => self.put_node(source, generation, node),
                     Object::Pod(pod) => self.pods.put(source, generation, pod, &mut self.names),
+                    Object::Rule(rule) => self.rules.put(source, generation, rule),
                 }
             }
             Change::Keep(source, id) => {
@@ -61,7 +62,7 @@ impl Table {
         }
         self.service_ports.share(&mut service.ports);
         let slot = self.slot_for(&service.id);
-        let addresses: Vec<_> = service.vips.iter().chain(&*service.external_ips).copied().collect();
+        let keys: Vec<_> = keys(&service).collect();
         let namespace = service.id.namespace.clone();
         let versions = &mut self.records[slot as usize].services;
         let was_named = !versions.is_empty();
@@ -72,8 +73,8 @@ impl Table {
         if !was_named && let Some(namespace) = self.namespaces.get_mut(&namespace) {
             namespace.services += 1;
         }
-        for address in addresses {
-            self.by_vip.add(index::of_address(address), slot);
+        for key in keys {
+            self.by_vip.add(key, slot);
         }
         if let Put::Replaced(old, _) = &put {
             self.unindex_vips(slot, old);
@@ -176,6 +177,7 @@ impl Table {
             }
             ObjectId::Node(name) => of(self.nodes.get_mut(name)?, source),
             ObjectId::Pod(id) => of(self.pods.find_mut(id)?, source),
+            ObjectId::Rule(id) => of(self.rules.find_mut(id)?, source),
             ObjectId::Slice(id) => {
                 let (slot, at) = self.find_slice(source, id)?;
                 Some(&mut self.records[slot as usize].slices[at].generation)
@@ -221,6 +223,7 @@ impl Table {
                 visible
             }
             ObjectId::Pod(id) => self.pods.delete(source, id),
+            ObjectId::Rule(id) => self.rules.delete(source, id),
             ObjectId::Slice(id) => {
                 let Some((slot, at)) = self.find_slice(source, id) else { return false };
                 let record = &mut self.records[slot as usize];
@@ -259,6 +262,8 @@ impl Table {
         gone.extend(nodes.map(|e| ObjectId::Node(e.value.name.clone())));
         let pods = self.pods.entries().filter(|e| stale(e, source, generation));
         gone.extend(pods.map(|e| ObjectId::Pod(e.value.id.clone())));
+        let rules = self.rules.versions().flatten().filter(|e| stale(e, source, generation));
+        gone.extend(rules.map(|e| ObjectId::Rule(e.value.id.clone())));
         let changed = gone.iter().fold(first, |changed, id| self.delete(source, id) || changed);
         drop(gone);
         self.clean();
@@ -309,10 +314,17 @@ impl Table {
     }
 
     fn unindex_vips(&mut self, slot: u32, service: &Service) {
-        for address in service.vips.iter().chain(&*service.external_ips) {
-            self.by_vip.remove(index::of_address(*address), slot);
+        for key in keys(service) {
+            self.by_vip.remove(key, slot);
         }
     }
+}
+
+/// All that a Service is looked for by.
+fn keys(service: &Service) -> impl Iterator<Item = u32> + '_ {
+    let node_ports = service.ports.iter().filter(|p| p.node_port > 0);
+    let addresses = service.vips.iter().chain(&*service.external_ips).map(|ip| index::of_address(*ip));
+    addresses.chain(node_ports.map(|p| index::of_node_port(p.node_port, p.protocol)))
 }
 
 fn slice_key(source: Source, id: &SliceId) -> u32 {

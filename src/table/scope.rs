@@ -12,6 +12,7 @@ pub enum Scope {
     Slices(Option<Name>),
     Nodes,
     Pods(Option<Name>),
+    Rules(Option<Name>),
 }
 
 impl Table {
@@ -36,6 +37,11 @@ impl Table {
                 let pods = self.pods.versions().flat_map(|p| of(p, source));
                 let within = pods.filter(|pod| is_within(within, &pod.id.namespace));
                 within.for_each(|pod| then(ObjectId::Pod(pod.id.clone())));
+            }
+            Scope::Rules(within) => {
+                let rules = self.rules.versions().flat_map(|r| of(r, source));
+                let within = rules.filter(|rule| is_within(within, &rule.id.namespace));
+                within.for_each(|rule| then(ObjectId::Rule(rule.id.clone())));
             }
             Scope::Nodes => {
                 let nodes = self.nodes.values().flat_map(|n| of(n, source));
@@ -90,6 +96,7 @@ mod tests {
             ports: [].into(),
             affinity: crate::table::model::Affinity::None,
             local_only: false,
+            external_local: false,
             not_proxied: false,
         })
     }

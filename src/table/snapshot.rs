@@ -35,6 +35,8 @@ const SLICE: u8 = 2;
 const NODE: u8 = 3;
 /// Came later: a weft that does not know it takes the whole for unreadable, as it would another version.
 const POD: u8 = 4;
+/// As POD; so are the hints of an endpoint.
+const RULE: u8 = 5;
 
 /// Whose snapshot it is, and of when.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

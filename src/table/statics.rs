@@ -34,6 +34,7 @@ fn service(of: &StaticService) -> Service {
             .sticky
             .map_or(Affinity::None, |seconds| Affinity::ClientIp { timeout: Duration::from_secs(seconds.into()) }),
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }
@@ -49,6 +50,7 @@ fn slices(of: &StaticService) -> impl Iterator<Item = Object> + '_ {
             node: endpoint.node.as_deref().map(Into::into),
             zone: None,
             pod: None,
+            hints: None,
             ready: true,
             serving: true,
             terminating: false,

@@ -28,10 +28,16 @@ fn object(rng: &mut fastrand::Rng) -> Object {
             kind: ServiceKind::ClusterIp,
             vips: addresses(rng, 2).into(),
             external_ips: addresses(rng, 1).into(),
-            ports: [ServicePort { name: "".into(), number: rng.u16(80..83), protocol: Protocol::Tcp, node_port: 0 }]
-                .into(),
+            ports: [ServicePort {
+                name: "".into(),
+                number: rng.u16(80..83),
+                protocol: Protocol::Tcp,
+                node_port: if rng.bool() { rng.u16(30_000..30_003) } else { 0 },
+            }]
+            .into(),
             affinity: Affinity::None,
             local_only: false,
+            external_local: false,
             not_proxied: false,
         }),
         2 | 3 => {
@@ -43,6 +49,7 @@ fn object(rng: &mut fastrand::Rng) -> Object {
                 node: rng.bool().then(|| name("node", rng.usize(..3))),
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: rng.bool(),
                 serving: rng.bool(),
                 terminating: rng.bool(),
@@ -112,7 +119,7 @@ impl Model {
                 Object::Pod(p) if pods.get(&p.id).is_none_or(|(old, _)| old < source) => {
                     pods.insert(p.id.clone(), (*source, p));
                 }
-                Object::Service(_) | Object::Node(_) | Object::Pod(_) => {}
+                Object::Service(_) | Object::Node(_) | Object::Pod(_) | Object::Rule(_) => {}
             }
         }
         for (id, (_, pod)) in pods {
@@ -186,6 +193,11 @@ fn seen(table: &Table) -> Seen {
         if !holders.is_empty() {
             seen.holders.insert(address, holders.to_vec());
         }
+    }
+    for number in 30_000..30_003 {
+        let least = table.services().filter(|s| s.ports[0].node_port == number).map(|s| &s.id).min();
+        assert_eq!(table.by_node_port(number, Protocol::Tcp).map(|(s, _)| &s.id), least);
+        assert!(table.by_node_port(number, Protocol::Udp).is_none());
     }
     seen.namespaces = (0..3).map(|n| name("ns", n)).filter(|n| table.has_namespace(n)).collect();
     seen
@@ -336,4 +348,66 @@ fn a_source_that_is_expected_must_list_first() {
     assert!(!table.synced());
     table.apply(Change::Begin(Source::Manifests));
     assert!(table.apply(Change::Complete(Source::Manifests)) && table.synced());
+}
+
+#[test]
+fn a_node_port_leads_to_its_service_and_with_the_external_policy_local_to_its_endpoints_here() {
+    let id = ServiceId { namespace: "shop".into(), name: "web".into() };
+    let endpoint = |address: &str, node: &str| Endpoint {
+        address: address.parse().unwrap(),
+        hostname: None,
+        node: Some(node.into()),
+        zone: None,
+        pod: None,
+        hints: None,
+        ready: true,
+        serving: true,
+        terminating: false,
+    };
+    let here = balance::Here { node: "near".into(), ..balance::Here::default() };
+    for external_local in [false, true] {
+        let mut table = Table::default();
+        table.apply(Change::Apply(
+            Source::Api,
+            Object::Service(Service {
+                id: id.clone(),
+                kind: ServiceKind::ClusterIp,
+                vips: vec!["10.96.0.1".parse().unwrap()].into(),
+                external_ips: [].into(),
+                ports: [ServicePort { name: "".into(), number: 80, protocol: Protocol::Tcp, node_port: 30_080 }].into(),
+                affinity: Affinity::None,
+                local_only: false,
+                external_local,
+                not_proxied: false,
+            }),
+        ));
+        table.apply(Change::Apply(
+            Source::Api,
+            Object::Slice(Slice {
+                id: SliceId { namespace: "shop".into(), name: "web".into() },
+                service: "web".into(),
+                ports: [SlicePort { name: "".into(), number: 8080, protocol: Protocol::Tcp }].into(),
+                endpoints: vec![endpoint("10.1.0.1", "near"), endpoint("10.1.0.2", "far")],
+            }),
+        ));
+        let mut balancer = balance::Balancer::new(crate::config::Policy::RoundRobin, fastrand::Rng::with_seed(1));
+        balancer.prefer = vec![balance::Nearness::Any];
+        let mut nodes = |destination: &str, client: &str| {
+            let ask = balance::Ask {
+                destination: destination.parse().unwrap(),
+                protocol: Protocol::Tcp,
+                client: client.parse().unwrap(),
+                tried: &[],
+            };
+            let now = crate::clock::Clock::new(0).now();
+            let mut picks = (0..4).map(|_| table.route(&here, ask, &mut balancer, now)).collect::<Vec<_>>();
+            picks.dedup();
+            picks.len()
+        };
+        let others = if external_local { 1 } else { 4 };
+        assert_eq!(nodes("192.168.1.1:30080", "192.168.1.9"), others, "{external_local}");
+        assert_eq!(nodes("192.168.1.1:30080", "192.168.1.1"), 4, "the host itself");
+        assert_eq!(nodes("10.96.0.1:80", "192.168.1.9"), 4);
+        assert_eq!(nodes("192.168.1.1:30081", "192.168.1.9"), 1, "no such port");
+    }
 }

@@ -431,8 +431,8 @@ impl Node {
             QuicEvent::Stream(StreamEvent::Available { dir: Dir::Bi }) => self.open_waiting(index),
             QuicEvent::Stream(StreamEvent::Available { dir: Dir::Uni })
             | QuicEvent::HandshakeDataReady
-            | QuicEvent::DatagramReceived
             | QuicEvent::DatagramsUnblocked => {}
+            QuicEvent::DatagramReceived => self.datagrams_arrived(index),
         }
     }
 

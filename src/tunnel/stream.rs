@@ -245,6 +245,25 @@ impl TunnelStream {
         }
     }
 
+    /// Sends a datagram beside the stream, once its OPEN was answered. False where it is too long for one packet, or the
+    /// far end takes none.
+    #[must_use]
+    pub fn send_datagram(&self, bytes: &[u8]) -> bool {
+        let sent = self.key.is_some_and(|key| self.shared.node().send_datagram(key, bytes));
+        self.shared.bell.ring();
+        sent
+    }
+
+    /// The next datagram that comes beside the stream. Its end is told by reads alone.
+    pub fn poll_datagram(&self, cx: &Context<'_>) -> Poll<Box<[u8]>> {
+        let Some(key) = self.key else { return Poll::Pending };
+        let next = self.shared.node().datagram(key);
+        if next.is_none() {
+            self.shared.wait(key, cx, |w| &mut w.read);
+        }
+        next.map_or(Poll::Pending, Poll::Ready)
+    }
+
     /// Runs one operation of the node; registers for a wake where it is not ready.
     fn poll(
         &self,

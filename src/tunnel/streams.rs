@@ -3,11 +3,13 @@
 
 use super::{
     Open, Refusal,
+    datagrams::Arrived,
     node::{Event, Node},
     open::{OPEN_MAX, answer_needs, decode, decode_answer, encode, encode_answer},
     slot::Slot,
     transport::stream_limit,
 };
+use crate::table::model::Protocol;
 use quinn_proto::{Dir, FinishError, ReadError, ReadableError, StreamId, VarInt, WriteError};
 use std::time::Instant;
 
@@ -43,6 +45,8 @@ pub(super) struct Stream {
     head: Vec<u8>,
     refused: Option<Refusal>,
     finished: bool,
+    /// Where it is a session of UDP.
+    arrived: Option<Arrived>,
 }
 
 /// What a read or write came to.
@@ -82,6 +86,15 @@ impl Streams {
         self.list.get_mut(key as usize)?.as_mut()
     }
 
+    /// Where a stream is that was opened and answered.
+    pub(super) fn live(&self, key: u32) -> Option<(u32, StreamId)> {
+        self.list.get(key as usize)?.as_ref().filter(|s| matches!(s.state, State::Live))?.place
+    }
+
+    pub(super) fn arrived(&mut self, key: u32) -> Option<&mut Arrived> {
+        self.get_mut(key)?.arrived.as_mut()
+    }
+
     fn remove(&mut self, key: u32) -> Option<Stream> {
         let stream = self.list.get_mut(key as usize)?.take()?;
         self.free.push(key);
@@ -102,6 +115,7 @@ impl Node {
             head: encode(open),
             refused: None,
             finished: false,
+            arrived: beside(open),
         })?;
         self.streams.waiting += 1;
         self.want_stream(now, node, key);
@@ -151,6 +165,7 @@ impl Node {
                 head: Vec::new(),
                 refused: None,
                 finished: false,
+                arrived: None,
             };
             match self.streams.insert(stream) {
                 Some(key) => {
@@ -229,6 +244,7 @@ impl Node {
             (Some(open), Some(peer)) => {
                 if let Some(stream) = self.streams.get_mut(key) {
                     stream.state = State::Live;
+                    stream.arrived = beside(&open);
                 }
                 self.events.push_back(Event::Incoming { key, peer, open });
             }
@@ -411,6 +427,11 @@ impl Node {
             self.events.push_back(Event::Wake(key));
         }
     }
+}
+
+/// Datagrams come beside a session of UDP alone: nobody would take those of another stream.
+fn beside(open: &Open) -> Option<Arrived> {
+    (open.protocol == Protocol::Udp).then(Arrived::new)
 }
 
 fn abandon(slot: &mut Slot, id: StreamId) {

@@ -157,7 +157,7 @@ mod tests {
     }
 
     fn default6_by(index: u32, metric: u32) -> Route6 {
-        Route6 { to: "::".parse().unwrap(), length: 0, metric, leads_out: true, devices: vec![index] }
+        Route6 { to: "::".parse().unwrap(), length: 0, protocol: 3, metric, leads_out: true, devices: vec![index] }
     }
 
     /// Wired, LTE, the LAN's bridge, containers, weft0.

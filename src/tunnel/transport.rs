@@ -3,6 +3,7 @@
 use super::{
     cid::{CID_LEN, CidKey, Generator, HINT_LEN, hint},
     congestion::{Control, Hints},
+    datagrams,
     keys::{ResetKey, TokenKey, derive},
     noise::{Dial, Local, Purpose, Respond, version},
     windows::Windows,
@@ -100,7 +101,8 @@ impl Transport {
             .initial_rtt(RTT_FIRST)
             .initial_mtu(MTU_FIRST)
             .mtu_discovery_config(probe_mtu.then_some(mtu))
-            .datagram_receive_buffer_size(None)
+            .datagram_receive_buffer_size(Some(datagrams::BUFFER))
+            .datagram_send_buffer_size(datagrams::BUFFER)
             .crypto_buffer_size(4 << 10)
             .packet_threshold(REORDERED)
             .time_threshold(LATER)

@@ -2,10 +2,10 @@
  *
  * usage: ends serve PORT
  *        ends bulk ADDRESS PORT STREAMS MILLISECONDS SERVER_PID [PID…]     what is read in that time, after half a second
- *        ends rtt|connect ADDRESS PORT COUNT                               64 bytes there and back; connect and one byte
+ *        ends rtt|connect ADDRESS PORT COUNT [PID…]                        64 bytes there and back; connect and one byte
  *
  * The first byte of a connection is 'd' (send until the other closes) or 'e' (echo). Prints one JSON object; CPU seconds
- * are user and system time of the PIDs, and of the ends themselves. */
+ * are user and system time of the PIDs, and of the ends themselves; "user" is the former's share. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -86,9 +86,11 @@ static int dial(const char *address, const char *port)
     return s;
 }
 
-static double cpu(char **pids)
+/* Of all these; in user mode, beside it. */
+static double cpu(char **pids, double *in_user)
 {
     double sum = 0;
+    *in_user = 0;
     for (; *pids; pids++) {
         char path[64], text[1024] = "", *at;
         unsigned long user = 0, system = 0;
@@ -98,6 +100,7 @@ static double cpu(char **pids)
         fclose(f);
         sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system);
         sum += (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+        *in_user += (double)user / (double)sysconf(_SC_CLK_TCK);
     }
     return sum;
 }
@@ -113,7 +116,7 @@ static int bulk(const char *address, const char *port, int streams, double span,
 {
     struct pollfd p[STREAMS];
     char *server[] = {pids[0], NULL};
-    double begin = now() + WARM_MS * 1e-3, count = 0, spent = 0, ends = 0, t;
+    double begin = now() + WARM_MS * 1e-3, count = 0, spent = 0, ends = 0, before = 0, user, none, t;
     int warm = 0;
     if (streams < 1 || streams > STREAMS) fail("streams");
     for (int i = 0; i < streams; i++) {
@@ -123,7 +126,7 @@ static int bulk(const char *address, const char *port, int streams, double span,
     while ((t = now()) < begin + span || !warm) {
         if (!warm && t >= begin) {
             warm = 1, begin = t, count = 0;
-            spent = cpu(pids + 1), ends = cpu(server) + own();
+            spent = cpu(pids + 1, &before), ends = cpu(server, &none) + own();
         }
         if (poll(p, (nfds_t)streams, 1000) < 0) fail("poll");
         for (int i = 0; i < streams; i++)
@@ -134,8 +137,9 @@ static int bulk(const char *address, const char *port, int streams, double span,
                 count += n > 0 ? (double)n : 0;
             }
     }
-    printf("{\"gbit\": %.4f, \"gib\": %.6f, \"cpu\": %.3f, \"ends\": %.3f}\n", count * 8e-9 / (t - begin), count / (1 << 30),
-           cpu(pids + 1) - spent, cpu(server) + own() - ends);
+    spent = cpu(pids + 1, &user) - spent;
+    printf("{\"gbit\": %.4f, \"gib\": %.6f, \"cpu\": %.3f, \"user\": %.3f, \"ends\": %.3f}\n", count * 8e-9 / (t - begin),
+           count / (1 << 30), spent, user - before, cpu(server, &none) + own() - ends);
     return 0;
 }
 
@@ -150,14 +154,16 @@ static void trip(int s, char *buf, size_t len)
     if (send(s, buf, len, 0) != (ssize_t)len || recv(s, buf, len, MSG_WAITALL) != (ssize_t)len) fail("round trip");
 }
 
-static int times(const char *address, const char *port, int count, int connects)
+static int times(const char *address, const char *port, int count, int connects, char **pids)
 {
+    double spent = 0, user;
     double *took = calloc((size_t)count, sizeof *took);
     char buf[64] = "e";
     int s = -1;
     if (!took || count < 1) fail("count");
     if (!connects && send(s = dial(address, port), "e", 1, 0) != 1) fail("send");
     for (int i = -WARM_TRIPS; i < count; i++) {
+        if (i == 0) spent = cpu(pids, &user);
         double begin = now();
         if (connects) {
             s = dial(address, port);
@@ -168,8 +174,9 @@ static int times(const char *address, const char *port, int count, int connects)
         }
         if (i >= 0) took[i] = now() - begin;
     }
+    spent = cpu(pids, &user) - spent;
     qsort(took, (size_t)count, sizeof *took, by_size);
-    printf("{\"p50\": %.1f, \"p99\": %.1f}\n", took[count / 2] * 1e6, took[count * 99 / 100] * 1e6);
+    printf("{\"p50\": %.1f, \"p99\": %.1f, \"cpu\": %.3f}\n", took[count / 2] * 1e6, took[count * 99 / 100] * 1e6, spent);
     return 0;
 }
 
@@ -178,8 +185,8 @@ int main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
     if (argc == 3 && !strcmp(argv[1], "serve")) serve(argv[2]);
     if (argc >= 7 && !strcmp(argv[1], "bulk")) return bulk(argv[2], argv[3], atoi(argv[4]), atof(argv[5]) * 1e-3, argv + 6);
-    if (argc == 5 && !strcmp(argv[1], "rtt")) return times(argv[2], argv[3], atoi(argv[4]), 0);
-    if (argc == 5 && !strcmp(argv[1], "connect")) return times(argv[2], argv[3], atoi(argv[4]), 1);
+    if (argc >= 5 && !strcmp(argv[1], "rtt")) return times(argv[2], argv[3], atoi(argv[4]), 0, argv + 5);
+    if (argc >= 5 && !strcmp(argv[1], "connect")) return times(argv[2], argv[3], atoi(argv[4]), 1, argv + 5);
     fprintf(stderr, "usage: ends serve|bulk|rtt|connect …\n");
     return 2;
 }

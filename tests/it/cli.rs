@@ -226,9 +226,10 @@ fn an_agent_tells_and_leaves_nothing() {
                shop       web   ClusterIP  10.96.0.10  http:80/TCP  2/2\n";
     assert_eq!(agent.ask(&["services"]).1, all);
     let web = "shop/web  ClusterIP  10.96.0.10  http:80/TCP\n\
-               ENDPOINT      PORTS  NODE    HOSTNAME  STATE\n\
-               192.168.1.10  8080   edge-1  -         ready\n\
-               192.168.1.11  9090   -       -         ready\n";
+               port 80/TCP: round-robin\n\
+               ENDPOINT      PORTS  NODE    ZONE  HOSTNAME  LIVE/ALL  FAILED  STATE\n\
+               192.168.1.10  8080   edge-1  -     -         0/0       0       ready\n\
+               192.168.1.11  9090   -       -     -         0/0       0       ready\n";
     for name in ["web", "shop/web", "web.shop", "web.shop.svc.cluster.local"] {
         assert_eq!(agent.ask(&["services", name]).1, web, "{name}");
     }
@@ -249,7 +250,7 @@ fn an_agent_tells_and_leaves_nothing() {
     let socket = agent.socket.clone();
     let (code, log) = agent.terminate();
     assert_eq!(code, 0, "{log}");
-    assert!(log.contains("Term: leaving"), "{log}");
+    assert!(log.contains("SIGTERM: leaving"), "{log}");
     assert!(!Path::new(&socket).exists());
     let left: Vec<_> = fs::read_dir(Path::new(&socket).parent().unwrap()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");

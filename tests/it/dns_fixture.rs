@@ -113,6 +113,7 @@ pub(crate) fn service(s: &Json) -> Service {
         ports: ports.collect(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }
@@ -145,6 +146,7 @@ fn endpoints(e: &Json) -> Vec<Endpoint> {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

@@ -7,11 +7,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
 };
-use smol::{LocalExecutor, Timer};
 use std::{
     fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     rc::Rc,
     sync::{Arc, Mutex},
@@ -23,6 +22,7 @@ use weft::{
     clock::{BUILT, Clock},
     config::Config,
     kube::resource::Resource,
+    reactor::{LocalExecutor, Timer},
     shared::Writer,
     table::{Table, model::Source},
 };
@@ -130,7 +130,7 @@ fn run(kube: &str, mut done: impl FnMut(&World) -> bool) {
     let api = Api::new(&config.kube, setup);
     let world = World { table, status: api.status(), begun: Instant::now() };
     let executor = LocalExecutor::new();
-    let ended = smol::block_on(executor.run(or(async { Some(api.run().await) }, async {
+    let ended = weft::reactor::block_on(executor.run(or(async { Some(api.run().await) }, async {
         while !done(&world) {
             assert!(since(world.begun) < PATIENCE, "{:?}", world.status.list());
             Timer::after(Duration::from_millis(10)).await;
@@ -232,6 +232,48 @@ rows! {
             assert!(server.asked().last().unwrap().contains("http/1.1, 1 certificates"));
         }
     }
+    "T11" t11_through_a_proxy {
+        // A proxy that knows one user, and what it was asked for.
+        let server = Server::new(Some(tls(1, false)), cluster);
+        let (listener, asked) = (TcpListener::bind("127.0.0.1:0").unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let (proxy, log, to) = (listener.local_addr().unwrap(), Arc::clone(&asked), server.at);
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut client, log) = (stream.unwrap(), Arc::clone(&log));
+                thread::spawn(move || {
+                    let (mut head, mut byte) = (Vec::new(), [0]);
+                    while !head.ends_with(b"\r\n\r\n") {
+                        client.read_exact(&mut byte).unwrap();
+                        head.push(byte[0]);
+                    }
+                    let head = String::from_utf8(head).unwrap();
+                    let known = head.contains("\r\nProxy-Authorization: Basic dTpwLw==\r\n");
+                    log.lock().unwrap().push(head);
+                    if !known {
+                        return client.write_all(b"HTTP/1.1 407 Who?\r\n\r\n").unwrap();
+                    }
+                    client.write_all(b"HTTP/1.1 200 Here\r\nVia: x\r\n\r\n").unwrap();
+                    let server = TcpStream::connect(to).unwrap();
+                    let (mut from, mut into) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                    thread::spawn(move || std::io::copy(&mut from, &mut into));
+                    let _ = std::io::copy(&mut client, &mut &server);
+                });
+            }
+        });
+        // The certificate's name, which the proxy alone can find.
+        let port = server.at.port();
+        let config = format!("api = \"https://api.example:{port}\"\nca_file = {:?}", tls_file("ca1.crt"));
+        let through = |user: &str| format!("{config}\nproxy = \"http://{user}{proxy}\"");
+        run(&through(""), |w| w.error().contains(&format!("through the proxy {proxy}: the proxy wants a user")));
+        run(&through("u:p%2F@"), World::synced);
+        assert!(asked.lock().unwrap().iter().all(|a| a.starts_with(&format!("CONNECT api.example:{port} HTTP/1.1\r\n"))));
+        let direct = asked.lock().unwrap().len();
+        // What is on this machine is reached without it.
+        let local = Server::new(None, cluster);
+        run(&format!("api = \"http://{}\"\nproxy = \"http://{proxy}\"", local.at), World::synced);
+        assert_eq!(asked.lock().unwrap().len(), direct);
+    }
+
     "T12" t12_a_name_for_the_audit_log {
         let server = Server::new(None, cluster);
         run(&format!("api = \"http://{}\"", server.at), World::synced);
@@ -268,7 +310,7 @@ rows! {
         let mut settled = None;
         run(&format!("api = \"http://{}\"\ntoken_file = \"{}/token\"", server.at, dir.path().display()), |_| {
             let watches = server.asked().iter().filter(|r| r.contains("allowWatchBookmarks") && r.contains("&resourceVersion=10")).count();
-            if watches == 3 && settled.is_none() {
+            if watches == 4 && settled.is_none() {
                 fs::write(dir.path().join("token"), "two").unwrap();
                 settled = Some((Instant::now(), server.asked().len()));
             }
@@ -334,7 +376,7 @@ rows! {
         });
         run(&format!("api = \"http://{}\"", server.at), |w| {
             let all = w.status.list();
-            w.synced() && all[0].synced && all[1].synced && all[2].last_error.as_ref().is_some_and(|e| e.contains("rbac.yaml"))
+            w.synced() && all[0].synced && all[1].synced && all[3].last_error.as_ref().is_some_and(|e| e.contains("rbac.yaml"))
         });
     }
     "S2" s2_synced_when_services_and_slices_are {
@@ -371,7 +413,7 @@ rows! {
         run(&format!("api = \"http://{}\"", server.at), |w| {
             let reader = w.table.reader();
             let listener = rings.get_or_insert_with(|| reader.listen());
-            count += usize::from(smol::block_on(futures_lite::future::poll_once(listener.rung())).is_some());
+            count += usize::from(weft::reactor::block_on(futures_lite::future::poll_once(listener.rung())).is_some());
             begun.get_or_insert_with(Instant::now);
             w.table.update(|t| t.service("shop", "web").is_some_and(|s| s.ports[0].number == 5_999))
         });
@@ -385,7 +427,7 @@ rows! {
 fn namespaces_are_followed_one_by_one() {
     let server = Server::new(None, cluster);
     run(&format!("api = \"http://{}\"\nnamespaces = [\"b\", \"a\"]", server.at), |w| {
-        w.synced() && w.status.list().len() == 5
+        w.synced() && w.status.list().len() == 7
     });
     let asked = server.asked().concat();
     for path in

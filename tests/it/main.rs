@@ -29,6 +29,7 @@ mod manifests;
 mod nft;
 mod proxy;
 mod proxy_pump;
+mod rules;
 mod snapshot;
 mod snapshot_kill;
 mod snapshot_run;

@@ -184,7 +184,18 @@ fn as_nft_sends_it_for_ipv4() {
         rule("10.96.0.1", Protocol::Tcp, 80, Action::Redirect(4000)),
         rule("10.96.0.2", Protocol::Tcp, 80, Action::Refuse),
     ];
-    let desired = Desired { address: own, mark: 0x20, catch: Catch::AllBut(vec!["wan0".into()]), rules, left_out: 0 };
+    let outside = vec![
+        rule("192.168.1.1", Protocol::Tcp, 30_080, Action::Redirect(4000)),
+        rule("192.168.1.1", Protocol::Udp, 30_081, Action::Drop),
+    ];
+    let desired = Desired {
+        address: own,
+        mark: 0x20,
+        catch: Catch::AllBut(vec!["wan0".into()]),
+        rules,
+        outside: outside.clone(),
+        left_out: 0,
+    };
     let ways = [way(Family::Inet, "fw4", "input", false), way(Family::V4, "filter", "INPUT", true)];
     check("v4", &desired, &ways);
 }
@@ -196,8 +207,9 @@ fn as_nft_sends_it_for_ipv6() {
         rule("fd00::1", Protocol::Udp, 53, Action::Redirect(5300)),
         rule("fd00::2", Protocol::Tcp, 80, Action::Refuse),
     ];
+    let outside = vec![rule("fd00:1::1", Protocol::Tcp, 30_080, Action::Redirect(4000))];
     let catch = Catch::Only(vec!["br-lan".into(), "eth1".into()]);
-    let desired = Desired { address: own, mark: 0x4000, catch, rules, left_out: 0 };
+    let desired = Desired { address: own, mark: 0x4000, catch, rules, outside: outside.clone(), left_out: 0 };
     check("v6", &desired, &[way(Family::Inet, "fw4", "input", false)]);
 }
 
@@ -226,15 +238,26 @@ fn only_what_differs_is_sent() {
         })
         .collect();
     let own = "169.254.96.16".parse().unwrap();
-    let old = Desired { address: own, mark: 0x20, catch: Catch::AllBut(vec!["wan0".into()]), rules, left_out: 0 };
+    let outside = vec![rule("192.168.1.1", Protocol::Udp, 30_081, Action::Drop)];
+    let old = Desired {
+        address: own,
+        mark: 0x20,
+        catch: Catch::AllBut(vec!["wan0".into()]),
+        rules,
+        outside: outside.clone(),
+        left_out: 0,
+    };
     assert_eq!(changes(&old, &old), []);
     let mut new = old.clone();
     new.rules[5].action = Action::Refuse;
     new.rules[77].port = REFUSED + 1;
     new.rules.truncate(9_999);
+    new.outside[0].action = Action::Redirect(4000);
     new.catch = Catch::AllBut(vec!["wwan0".into()]);
-    let want = [(14, "interfaces", 1), (12, "interfaces", 1), (14, "services", 3), (12, "services", 2)];
-    assert_eq!(changes(&old, &new), want.map(|(kind, set, n)| (kind, set.to_owned(), n)));
+    let want = [(14, "interfaces", 1), (12, "interfaces", 1), (14, "services", 3), (12, "services", 2)]
+        .into_iter()
+        .chain([(14, "outside", 1), (12, "outside", 1)]);
+    assert_eq!(changes(&old, &new), want.map(|(kind, set, n)| (kind, set.to_owned(), n)).collect::<Vec<_>>());
     // All of them fit into messages of less than 64 KiB.
     let none = Desired { rules: vec![], ..old.clone() };
     let all = changes(&none, &old);

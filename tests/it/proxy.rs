@@ -1,7 +1,6 @@
 //! The proxy without rules: what reaches its listener by another way is closed.
 
 use futures_lite::{AsyncReadExt, future::or};
-use smol::{Async, Timer};
 use std::{
     io::ErrorKind,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
@@ -13,6 +12,7 @@ use weft::{
     config::{Backend, Policy, ProxyConfig},
     metrics::ProxyCounters,
     proxy::Proxy,
+    reactor::{Async, Timer},
     shared::Writer,
     table::{
         Table,
@@ -29,13 +29,14 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         backend: Backend::Auto,
         interfaces: vec![],
         external_ips: false,
+        node_ports: Vec::new(),
         mark: 0,
         max_connections,
         drain: 0,
     };
     let (table, counters) = (Writer::new(Table::default()), Rc::new(ProxyCounters::default()));
     let here = Here { node: "here".into(), ..Here::default() };
-    let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1));
+    let balancer = Rc::new(std::cell::RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1))));
     let (reader, clock) = (table.reader(), Clock::new(0));
     let proxy =
         Proxy::bind(&cfg, LOOPBACK, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)
@@ -50,7 +51,7 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         }
         ends
     };
-    let ends = smol::block_on(or(
+    let ends = weft::reactor::block_on(or(
         or(asked, async {
             panic!("the proxy ended: {:?}", proxy.run().await);
         }),

@@ -4,13 +4,13 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic)]
 
 use futures_lite::{AsyncBufReadExt, StreamExt, io::BufReader};
-use smol::{Async, LocalExecutor};
 use std::{net::SocketAddr, rc::Rc};
 use weft::{
     clock::Clock,
     config::{Backend, Policy, ProxyConfig},
     metrics::ProxyCounters,
     proxy::{Proxy, rules::Ports},
+    reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules},
     shared::Writer,
     sys,
@@ -44,6 +44,7 @@ fn put(table: &mut Table, line: &str) {
         ports: [ServicePort { name: "".into(), number: words[2].parse().unwrap(), protocol, node_port: 0 }].into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     };
     table.apply(Change::Apply(Source::Config, Object::Service(service)));
@@ -63,6 +64,7 @@ fn put(table: &mut Table, line: &str) {
                 node: None,
                 zone: None,
                 pod: None,
+                hints: None,
                 ready: true,
                 serving: true,
                 terminating: false,
@@ -97,7 +99,7 @@ fn main() {
     log::set_max_level(log::LevelFilter::Info);
     sys::raise_nofile().unwrap();
     let ex = LocalExecutor::new();
-    smol::block_on(ex.run(async {
+    weft::reactor::block_on(ex.run(async {
         let (listen, clock) = ("169.254.96.16".parse().unwrap(), Clock::new(0));
         let cfg = ProxyConfig {
             enable: true,
@@ -108,6 +110,7 @@ fn main() {
             },
             interfaces: vec![],
             external_ips: false,
+            node_ports: Vec::new(),
             mark: 0x4000_0000,
             max_connections: 2_000,
             drain: 0,
@@ -116,7 +119,7 @@ fn main() {
         table.update(|t| t.apply(Change::Begin(Source::Config)));
         let counters = Rc::new(ProxyCounters::default());
         let here = Here { node: "here".into(), ..Here::default() };
-        let balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::new());
+        let balancer = Rc::new(std::cell::RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::new())));
         let reader = table.reader();
         let proxy =
             Proxy::bind(&cfg, listen, here, balancer, reader, Writer::new(None).reader(), counters.clone(), clock)
@@ -128,7 +131,7 @@ fn main() {
             ..Ports::default()
         };
         println!("port {}", proxy.port());
-        let orders = Writer::new(Orders { number: 1, cfg, ports, udp: proxy.udp_ports() });
+        let orders = Writer::new(Orders { number: 1, cfg, ports, udp: proxy.udp_ports(), here: Here::default() });
         let rules = Rules::new(orders.reader(), listen, table.reader(), counters.clone(), clock).unwrap();
         let (undo, status) = (rules.undo(), rules.status());
         ex.spawn(proxy.run()).detach();

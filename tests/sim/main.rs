@@ -3,6 +3,7 @@
 
 use std::{cell::Cell, time::Duration};
 
+mod datagrams;
 mod direct;
 mod faults;
 mod heap;

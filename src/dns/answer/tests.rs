@@ -25,6 +25,7 @@ fn service(name: &str, kind: ServiceKind, vips: &[IpAddr]) -> Change {
         ports: [port].into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     };
     Change::Apply(Source::Api, Object::Service(service))
@@ -37,6 +38,7 @@ fn slice(of: &str, count: u32) -> Change {
         node: None,
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,

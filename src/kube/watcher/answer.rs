@@ -273,7 +273,7 @@ fn members(text: &str) -> (&str, &str) {
 }
 
 /// Where the value ends that begins at `at`.
-fn value_end(bytes: &[u8], mut at: usize) -> usize {
+pub(in crate::kube) fn value_end(bytes: &[u8], mut at: usize) -> usize {
     let mut depth = 0_u32;
     let (mut inside, mut escaped) = (false, false);
     while let Some(byte) = bytes.get(at) {

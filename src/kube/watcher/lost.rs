@@ -13,6 +13,9 @@ const MESSAGE_MAX: usize = 300;
 /// A resource that is not there is asked for again after 1 to 5 minutes.
 const ABSENT_SECONDS: std::ops::Range<u64> = 60..300;
 
+/// Versions of an API that are asked for before there is none.
+const VERSIONS: u8 = 3;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Lost {
     /// No connection, and why.
@@ -162,6 +165,7 @@ impl Watcher {
                 self.store.resource = Resource::Endpoints;
                 self.ask_for_all();
             }
+            Lost::Status { code: 404, .. } if self.store.resource.next_version().is_some() => self.lost_version(),
             Lost::Status { code: 404, .. } => {
                 let wait = Duration::from_secs(self.rng.u64(ABSENT_SECONDS));
                 if self.store.resource == Resource::Endpoints {
@@ -214,6 +218,22 @@ impl Watcher {
             | Lost::NotAList
             | Lost::Unknown => self.fail(words),
         }
+    }
+
+    /// The server does not have this version of the API; where it has none, there are no such objects.
+    fn lost_version(&mut self) {
+        let resource = self.store.resource;
+        self.store.resource = resource.next_version().unwrap_or(resource);
+        self.ask_for_all();
+        self.absent += 1;
+        if self.absent < VERSIONS {
+            return;
+        }
+        self.absent = 0;
+        self.listed = true;
+        self.well();
+        let wait = Duration::from_secs(self.rng.u64(ABSENT_SECONDS));
+        self.rest(wait);
     }
 
     /// The version, or the page, is too old: list all, at once for the first time. A list that is given up between its

@@ -1,4 +1,5 @@
 use super::*;
+use crate::proxy::rules::Action;
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 /// What iptables-restore --noflush does, as far as we use it.
@@ -111,7 +112,14 @@ fn desired(services: u8) -> Desired {
         port: 80,
         action: if i % 2 == 1 { Action::Redirect(4000) } else { Action::Refuse },
     }));
-    Desired { address: own.into(), mark: 0x4000, catch: Catch::AllBut(vec!["wan".into()]), rules, left_out: 0 }
+    let node = Rule {
+        address: Ipv4Addr::new(192, 168, 1, 1).into(),
+        protocol: Protocol::Udp,
+        port: 30_053,
+        action: Action::Drop,
+    };
+    let (catch, outside) = (Catch::AllBut(vec!["wan".into()]), vec![node]);
+    Desired { address: own.into(), mark: 0x4000, catch, rules, outside, left_out: 0 }
 }
 
 fn apply(desired: &Desired, saved: &Saved) -> String {
@@ -122,13 +130,16 @@ fn apply(desired: &Desired, saved: &Saved) -> String {
 fn golden() {
     let nat = "*nat
 :WEFT-PRE - [0:0]
+:WEFT-NODE - [0:0]
 :WEFT-SVC - [0:0]
 :WEFT-MADE - [0:0]
 -I PREROUTING 1 -j WEFT-PRE
 -I OUTPUT 1 -j WEFT-SVC
+-A WEFT-PRE -j WEFT-NODE
 -A WEFT-PRE -i wan -j RETURN
 -A WEFT-PRE -j WEFT-SVC
 -A WEFT-SVC -m mark --mark 0x4000/0x4000 -j RETURN
+-A WEFT-NODE -d 192.168.1.1/32 -p udp -m udp --dport 30053 -j DNAT --to-destination 169.254.96.16:9
 -A WEFT-SVC -d 169.254.96.16/32 -p udp -m udp --dport 53 -j DNAT --to-destination 169.254.96.16:5300
 -A WEFT-SVC -d 10.96.0.1/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.96.16:4000
 -A WEFT-SVC -d 10.96.0.2/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.96.16:1
@@ -143,6 +154,8 @@ COMMIT
 -I OUTPUT 1 -o weft0 -j WEFT-REJECT
 -A WEFT-INPUT -d 169.254.96.16/32 -p tcp -m tcp --dport 1 -j REJECT --reject-with tcp-reset
 -A WEFT-INPUT -d 169.254.96.16/32 -p udp -m udp --dport 1 -j REJECT --reject-with icmp-port-unreachable
+-A WEFT-INPUT -d 169.254.96.16/32 -p tcp -m tcp --dport 9 -j DROP
+-A WEFT-INPUT -d 169.254.96.16/32 -p udp -m udp --dport 9 -j DROP
 -A WEFT-INPUT -d 169.254.96.16/32 -m conntrack --ctstate DNAT -j ACCEPT
 -A WEFT-INPUT -d 169.254.96.16/32 -i lo -j ACCEPT
 -A WEFT-INPUT -d 169.254.96.16/32 -p tcp -j REJECT --reject-with tcp-reset
@@ -162,7 +175,7 @@ fn undo_after_apply_is_identity_among_foreign_rules() {
     let mut kernel = before.clone();
     for services in [3, 0, 7] {
         kernel.restore(&apply(&desired(services), &kernel.saved())).unwrap();
-        assert_eq!(kernel.saved().counts().0, 4);
+        assert_eq!(kernel.saved().counts().0, 5);
     }
     assert_ne!(kernel, before);
     assert_eq!(remains(&kernel.saved()), []);

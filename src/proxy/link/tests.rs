@@ -31,7 +31,7 @@ fn golden_route() {
     want.extend([2, 16, 0, 0, 254, 0x77, 253, 1, 0, 0, 0, 0]);
     want = with(with(want, &bytes![8_u16, 1_u16]), &[10, 96, 0, 0]);
     want = with(want, &bytes![8_u16, 4_u16, 5_u32, 8_u16, 6_u16, u32::MAX]);
-    assert_eq!(add_route(9, 5, Prefix::new([10, 96, 3, 4].into(), 16)), want);
+    assert_eq!(add_route(9, 5, Net::new([10, 96, 3, 4].into(), 16)), want);
 }
 
 #[test]
@@ -52,11 +52,11 @@ fn what_we_send_is_read_back() {
     assert_eq!(answers(&text).collect::<Vec<_>>(), [(1, Answer::Link(want))]);
 
     let to = Prefix::new([10, 96, 0, 0].into(), 12);
-    let bytes = [add_route(2, 5, to), add_address(3, 6, [10, 0, 0, 1].into())].concat();
+    let bytes = [add_route(2, 5, to.into()), add_address(3, 6, [10, 0, 0, 1].into())].concat();
     let route =
         Route { to, protocol: ROUTE_PROTOCOL, metric: METRIC, leads_out: true, devices: vec![5], gateways: vec![] };
     let local = Ipv4Addr::new(10, 0, 0, 1);
-    let address = Address { index: 6, local, network: Prefix::host(local) };
+    let address = Address { index: 6, local, network: Prefix::new(local, 32) };
     let got: Vec<_> = answers(&bytes).collect();
     assert_eq!(got, [(2, Answer::Route(route)), (3, Answer::Address(address))]);
 }
@@ -97,6 +97,25 @@ fn addresses_and_routes_of_ipv6() {
     assert_eq!(address(0x01, 0x21), (true, false), "deprecated");
     assert_eq!(address(0xc0, 0), (false, false), "tentative");
 
+    // Ours: deprecated from the start; and a route.
+    let own: Ipv6Addr = "fd77:6566:7430::16".parse().unwrap();
+    let (sent, net) = (add_address(5, 6, own.into()), "fd00:96::/108".parse().unwrap());
+    assert_eq!(sent[16..20], [AF_INET6, 128, IFA_F_NODAD, RT_SCOPE_LINK]);
+    assert_eq!(sent[sent.len() - 20..][..12], bytes![20_u16, IFA_CACHEINFO, 0_u32, u32::MAX]);
+    let bytes = [sent, add_route(6, 7, net)].concat();
+    let want = [
+        Answer::Address6(Address6 { index: 6, local: own, length: 128, temporary: false, fit: true }),
+        Answer::Route6(Route6 {
+            to: "fd00:96::".parse().unwrap(),
+            length: 108,
+            protocol: ROUTE_PROTOCOL,
+            metric: METRIC,
+            leads_out: true,
+            devices: vec![7],
+        }),
+    ];
+    assert_eq!(answers(&bytes).map(|(_, answer)| answer).collect::<Vec<_>>(), want);
+
     let mut fixed = vec![AF_INET6, 0, 0, 0, 254, 9, 0, RTN_UNICAST];
     fixed.extend([0; 4]);
     let bytes = Message::new(RTM_NEWROUTE, 0, 4, &fixed)
@@ -105,7 +124,7 @@ fn addresses_and_routes_of_ipv6() {
         .attr(RTA_PRIORITY, &1024_u32.to_ne_bytes())
         .done();
     let to = Ipv6Addr::UNSPECIFIED;
-    let want = Route6 { to, length: 0, metric: 1024, leads_out: true, devices: vec![2] };
+    let want = Route6 { to, length: 0, protocol: 9, metric: 1024, leads_out: true, devices: vec![2] };
     assert_eq!(answers(&bytes).collect::<Vec<_>>(), [(4, Answer::Route6(want))]);
     for len in 0..bytes.len() {
         assert!(!answers(&bytes[..len]).any(|(_, a)| matches!(a, Answer::Route6(_))), "{len}");
@@ -127,14 +146,14 @@ fn a_tables_use_is_in_network_order() {
         .attr(NFTA_TABLE_USE, &[0, 0, 0, 3])
         .done();
     assert_eq!(answers(&bytes).collect::<Vec<_>>(), [(1, Answer::TableUse(3))]);
-    assert_eq!(delete_nft_table(1, "nat").len(), 20 + 28 + 20);
+    assert_eq!(delete_nft_table(1, true, "nat").len(), 20 + 28 + 20);
 }
 
 #[test]
 fn cut_and_flipped_messages_end_quietly() {
     let whole = [
         create_link(1, "weft0", DeviceKind::Bridge),
-        add_route(2, 5, Prefix::new([10, 96, 0, 0].into(), 12)),
+        add_route(2, 5, Prefix::new([10, 96, 0, 0].into(), 12).into()),
         add_address(3, 6, [10, 0, 0, 1].into()),
     ]
     .concat();

@@ -29,6 +29,7 @@ pub enum Meta {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict<'t> {
     Accept,
+    Drop,
     Return,
     Jump(&'t str),
 }
@@ -167,6 +168,7 @@ impl Expr<'_> {
             Self::Verdict(verdict) => {
                 let (code, chain) = match verdict {
                     Verdict::Accept => (1, None),
+                    Verdict::Drop => (0, None),
                     Verdict::Return => (-5, None),
                     Verdict::Jump(chain) => (-3, Some(chain)),
                 };

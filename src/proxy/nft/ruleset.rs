@@ -7,7 +7,7 @@ use super::{
 };
 use crate::sorted::Set;
 use crate::{
-    proxy::rules::{Action, Catch, DEVICE, Desired, REFUSED},
+    proxy::rules::{Catch, DEVICE, DISCARD, Desired, REFUSED, Rule},
     table::model::Protocol,
 };
 use std::net::IpAddr;
@@ -18,6 +18,8 @@ pub const TABLE: &str = "weft";
 pub const SERVICES: &str = "services";
 /// The set of interfaces whose packets are caught, or are not.
 pub const INTERFACES: &str = "interfaces";
+/// The map of what is caught by whichever interface it comes.
+pub const OUTSIDE: &str = "outside";
 const UNSERVED: &str = "unserved";
 
 /// Ahead of kube-proxy's and everybody's DNAT (NF_IP_PRI_NAT_DST is -100).
@@ -78,12 +80,8 @@ pub fn protocol(p: Protocol) -> u8 {
 /// One address and port that clients use, and the port of weft0's address where they are brought.
 type Element = (IpAddr, u8, u16, u16);
 
-fn elements(desired: &Desired) -> Set<Element> {
-    let to = |action| match action {
-        Action::Redirect(port) => port,
-        Action::Refuse => REFUSED,
-    };
-    desired.rules.iter().map(|r| (r.address, protocol(r.protocol), r.port, to(r.action))).collect()
+fn elements(rules: &[Rule]) -> Set<Element> {
+    rules.iter().map(|r| (r.address, protocol(r.protocol), r.port, r.action.port())).collect()
 }
 
 fn octets(address: IpAddr) -> ([u8; 16], usize) {
@@ -118,7 +116,7 @@ fn name(interface: &str) -> [u8; NAME] {
 #[must_use]
 pub fn count(desired: &Desired) -> usize {
     let (Catch::Only(names) | Catch::AllBut(names)) = &desired.catch;
-    desired.rules.len() + names.iter().collect::<Set<_>>().len()
+    desired.rules.len() + desired.outside.len() + names.iter().collect::<Set<_>>().len()
 }
 
 /// Writes our table anew, whatever is there under its name.
@@ -132,7 +130,9 @@ pub fn install(batch: &mut Batch, desired: &Desired) {
     rules(batch, family, desired);
     let (Catch::Only(names) | Catch::AllBut(names)) = &desired.catch;
     put_names(batch, Kind::NewElement, family, names.iter().map(String::as_str));
-    put(batch, Kind::NewElement, family, desired.address, elements(desired));
+    for (set, rules) in [(SERVICES, &desired.rules), (OUTSIDE, &desired.outside)] {
+        put(batch, Kind::NewElement, family, set, desired.address, elements(rules));
+    }
 }
 
 /// Removes our table of a family, whether it is there or not.
@@ -155,10 +155,12 @@ pub fn change(batch: &mut Batch, old: &Desired, new: &Desired) {
     let gone = |a: &'_ [String], b: &[String]| a.iter().filter(|n| !b.contains(n)).cloned().collect::<Vec<_>>();
     put_names(batch, Kind::DelElement, family, gone(was, now).iter().map(String::as_str));
     put_names(batch, Kind::NewElement, family, gone(now, was).iter().map(String::as_str));
-    let (was, now) = (elements(old), elements(new));
-    // A key whose value has changed is deleted first: the kernel takes no other value for it.
-    put(batch, Kind::DelElement, family, new.address, was.difference(&now).copied());
-    put(batch, Kind::NewElement, family, new.address, now.difference(&was).copied());
+    for (set, was, now) in [(SERVICES, &old.rules, &new.rules), (OUTSIDE, &old.outside, &new.outside)] {
+        let (was, now) = (elements(was), elements(now));
+        // A key whose value has changed is deleted first: the kernel takes no other value for it.
+        put(batch, Kind::DelElement, family, set, new.address, was.difference(&now).copied());
+        put(batch, Kind::NewElement, family, set, new.address, now.difference(&was).copied());
+    }
 }
 
 fn sets(batch: &mut Batch, family: Family) {
@@ -185,7 +187,9 @@ fn sets(batch: &mut Batch, family: Family) {
         });
     };
     set(1, INTERFACES, 0, (TYPE_NAME, NAME as u32), None);
-    set(2, SERVICES, NFTA_SET_MAP, (key, len + 8), Some((kind << 6 | TYPE_PORT, len + 4)));
+    for (id, name) in [(2, SERVICES), (3, OUTSIDE)] {
+        set(id, name, NFTA_SET_MAP, (key, len + 8), Some((kind << 6 | TYPE_PORT, len + 4)));
+    }
 }
 
 fn chains(batch: &mut Batch, family: Family) {
@@ -231,6 +235,9 @@ fn rules(batch: &mut Batch, family: Family, desired: &Desired) {
     let verdict = Expr::Verdict;
     let services = verdict(Verdict::Jump(SERVICES));
     let named = Load(Meta::InName, 0);
+    let after = registers(family);
+    let key = [Destination(family, 0), Load(Meta::Protocol, after), Port(after + 1)];
+    rule(batch, family, "prerouting", &[key[0], key[1], key[2], Map(OUTSIDE), Dnat(family)]);
     match &desired.catch {
         Catch::Only(_) => rule(batch, family, "prerouting", &[named, In(INTERFACES), services]),
         Catch::AllBut(_) => {
@@ -242,8 +249,6 @@ fn rules(batch: &mut Batch, family: Family, desired: &Desired) {
     let mark = desired.mark.to_ne_bytes();
     let marked = [Load(Meta::Mark, 0), And(mark), Is(&mark), verdict(Verdict::Return)];
     rule(batch, family, SERVICES, &marked);
-    let after = registers(family);
-    let key = [Destination(family, 0), Load(Meta::Protocol, after), Port(after + 1)];
     rule(batch, family, SERVICES, &[key[0], key[1], key[2], Map(SERVICES), Dnat(family)]);
 
     // Refusals, and what is sent to our address without having been redirected (that of the host itself is left to
@@ -260,6 +265,9 @@ fn rules(batch: &mut Batch, family: Family, desired: &Desired) {
     input(&[Destination(family, 0), IsNot(&octets[..len]), accept]);
     input(&[tcp[0], tcp[1], Port(0), Is(&refused), reset]);
     input(&[udp[0], udp[1], Port(0), Is(&refused), unreachable]);
+    for proto in [tcp, udp] {
+        input(&[proto[0], proto[1], Port(0), Is(&DISCARD.to_be_bytes()), verdict(Verdict::Drop)]);
+    }
     input(&[dnat, bit, set, accept]);
     input(&[named, Is(&name("lo")), accept]);
     input(&[tcp[0], tcp[1], reset]);
@@ -311,12 +319,12 @@ fn put_names<'n>(batch: &mut Batch, kind: Kind, family: Family, names: impl Iter
     put_all(batch, kind, family, INTERFACES, &all);
 }
 
-fn put(batch: &mut Batch, kind: Kind, family: Family, own: IpAddr, all: impl IntoIterator<Item = Element>) {
+fn put(batch: &mut Batch, kind: Kind, family: Family, set: &str, own: IpAddr, all: impl IntoIterator<Item = Element>) {
     let bytes = |(address, protocol, port, to): Element| {
         (concatenated(address, Some(protocol), port), Some(concatenated(own, None, to)))
     };
     let all: Vec<_> = all.into_iter().map(bytes).collect();
-    put_all(batch, kind, family, SERVICES, &all);
+    put_all(batch, kind, family, set, &all);
 }
 
 /// Lets what was redirected to our address through a chain of somebody else: a rule at its head.
@@ -338,7 +346,7 @@ pub fn open_way(batch: &mut Batch, way: &super::ways::Way, own: IpAddr) {
         a.text(NFTA_RULE_TABLE, &way.table);
         a.text(NFTA_RULE_CHAIN, &way.chain);
         list(a, &exprs);
-        a.bytes(NFTA_RULE_USERDATA, &super::ways::comment());
+        a.bytes(NFTA_RULE_USERDATA, &super::ways::comment(v));
     });
 }
 

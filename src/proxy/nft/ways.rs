@@ -8,8 +8,9 @@ use super::{
 use crate::sorted::{Map, Set};
 use std::fmt;
 
-/// What says whose rule it is, to us and to who lists the chain.
-const COMMENT: &str = "weft: connections to Services";
+/// What says whose rule it is, to us and to who lists the chain; of the address of each family.
+const COMMENTS: [(Family, &str); 2] =
+    [(Family::V4, "weft: connections to Services"), (Family::V6, "weft: connections to Services by IPv6")];
 /// NFTNL_UDATA_RULE_COMMENT, libnftnl/udata.h
 const UDATA_COMMENT: u8 = 0;
 
@@ -40,6 +41,7 @@ struct Seen {
     leads_to: Set<String>,
 }
 
+pub type Ours = (Way, Family, u64);
 type Place = (Family, String, String);
 
 /// Takes what the kernel lists, and says what is to be done.
@@ -48,23 +50,24 @@ pub struct Ways {
     /// With their policy's being to drop.
     inputs: Map<Way, bool>,
     chains: Map<Place, Seen>,
-    /// Our rules, in order, and the handle of each.
-    ours: Vec<(Way, u64)>,
+    /// Our rules, in order, the family of the address that each lets in, and its handle.
+    ours: Vec<Ours>,
     overflow: bool,
 }
 
 /// The comment as nft writes it into a rule.
 #[must_use]
-pub fn comment() -> Vec<u8> {
+pub fn comment(family: Family) -> Vec<u8> {
+    let text = COMMENTS[usize::from(family == Family::V6)].1;
     // Its length with the final zero; far below 256.
-    let mut out = vec![UDATA_COMMENT, COMMENT.len() as u8 + 1];
-    out.extend(COMMENT.bytes().chain([0]));
+    let mut out = vec![UDATA_COMMENT, text.len() as u8 + 1];
+    out.extend(text.bytes().chain([0]));
     out
 }
 
-/// Whether a rule with this userdata is ours.
-fn is_ours(userdata: &[u8]) -> bool {
-    userdata == comment()
+/// For which family a rule with this userdata is ours.
+fn ours(userdata: &[u8]) -> Option<Family> {
+    COMMENTS.into_iter().map(|(family, _)| family).find(|family| userdata == comment(*family))
 }
 
 fn place(body: &[u8], table: u16, chain: u16) -> Option<Place> {
@@ -97,10 +100,10 @@ impl Ways {
     pub fn rule(&mut self, body: &[u8]) {
         let Some((family, table, chain)) = place(body, 1, 2) else { return };
         let attrs = &body[4..];
-        if attr(attrs, 7).is_some_and(is_ours) {
+        if let Some(serves) = attr(attrs, 7).and_then(ours) {
             let of_iptables = family != Family::Inet && chain == "INPUT";
             let handle = attr(attrs, 3).and_then(long);
-            self.ours.extend(handle.map(|h| (Way { family, table, chain, of_iptables }, h)));
+            self.ours.extend(handle.map(|h| (Way { family, table, chain, of_iptables }, serves, h)));
             return;
         }
         let Some(end) = attr(attrs, 4).and_then(broad) else { return };
@@ -137,23 +140,28 @@ impl Ways {
     pub fn missing(&self, family: Family, skip_iptables: bool) -> Vec<Way> {
         let applies = |way: &Way| way.family == family || way.family == Family::Inet;
         let left_alone = |way: &Way| way.of_iptables && skip_iptables || self.overflow;
-        let served = |way: &Way| self.ours.iter().any(|(ours, _)| ours == way);
+        let served = |way: &Way| self.ours.iter().any(|(ours, serves, _)| ours == way && *serves == family);
         let drops = |(way, policy): &(&Way, &bool)| **policy || self.refuses(way);
         let wants = |it: &(&Way, &bool)| applies(it.0) && !left_alone(it.0) && !served(it.0) && drops(it);
         self.inputs.iter().filter(wants).map(|(way, _)| way.clone()).collect()
     }
 
-    /// Rules of ours that nobody needs: in a chain that no longer drops, or there twice.
+    /// Rules of ours that nobody needs: in a chain that no longer drops, of a family that is not served, or there twice.
     #[must_use]
-    pub fn spare(&self) -> Vec<(Way, u64)> {
+    pub fn spare(&self, served: &[Family]) -> Vec<Ours> {
         let mut first = Set::new();
-        let needed = |way: &Way| self.inputs.get(way).is_some_and(|drops| *drops || self.refuses(way));
-        self.ours.iter().filter(|(way, _)| !needed(way) || !first.insert(way)).cloned().collect()
+        let drops = |way: &Way| self.inputs.get(way).is_some_and(|drops| *drops || self.refuses(way));
+        let needed = |way: &Way, family: &Family| served.contains(family) && drops(way);
+        self.ours
+            .iter()
+            .filter(|(way, family, _)| !needed(way, family) || !first.insert((way, *family)))
+            .cloned()
+            .collect()
     }
 
     /// All rules of ours.
     #[must_use]
-    pub fn ours(&self) -> &[(Way, u64)] {
+    pub fn ours(&self) -> &[Ours] {
         &self.ours
     }
 }
@@ -169,7 +177,7 @@ pub fn concerns_us(kind: u16, body: &[u8]) -> bool {
     attr(inside, 1).and_then(text) == Some(TABLE)
         || is(&[Kind::NewTable, Kind::DelTable])
         || is(&[Kind::NewChain, Kind::DelChain]) && attr(inside, 4).is_some()
-        || is(&[Kind::NewRule, Kind::DelRule]) && attr(inside, 7).is_some_and(is_ours)
+        || is(&[Kind::NewRule, Kind::DelRule]) && attr(inside, 7).and_then(ours).is_some()
 }
 
 enum End {

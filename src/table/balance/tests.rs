@@ -1,6 +1,8 @@
-use super::*;
-use crate::table::model::*;
-use std::collections::BTreeMap;
+mod policies;
+
+use super::{state::AFFINITIES_MAX, *};
+use crate::{config::Policy, table::model::*};
+use std::{collections::BTreeMap, time::Duration};
 
 const VIP: &str = "10.96.0.10:80";
 
@@ -11,6 +13,7 @@ fn endpoint(address: &str, node: Option<&str>) -> Endpoint {
         node: node.map(Into::into),
         zone: None,
         pod: None,
+        hints: None,
         ready: true,
         serving: true,
         terminating: false,
@@ -28,6 +31,7 @@ fn service() -> Service {
             .into(),
         affinity: Affinity::None,
         local_only: false,
+        external_local: false,
         not_proxied: false,
     }
 }

@@ -1,13 +1,20 @@
 //! Bytes -> table and peers. Nothing is used of a file that is not whole and right to its last byte.
 
-use super::{HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum};
+use super::{
+    HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, RULE, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum,
+};
 use crate::{
-    table::{Table, model::*},
+    table::{
+        Table,
+        model::*,
+        rule::{Choice, NUMBERS, Rule, Traffic},
+    },
     tunnel::{Remembered, identity::Certificate},
 };
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
     time::Duration,
 };
 
@@ -191,6 +198,7 @@ impl<'b> Reader<'b> {
                 let id = PodId { namespace: self.name()?, name: self.name()? };
                 Object::Pod(Pod { id, addresses: self.list(Self::address)? })
             }
+            RULE => Object::Rule(self.rule()?),
             _ => return None,
         };
         Some((source, object))
@@ -232,6 +240,7 @@ impl<'b> Reader<'b> {
                 .into(),
             affinity,
             local_only: flags & 1 != 0,
+            external_local: flags & 4 != 0,
             not_proxied: flags & 2 != 0,
         })
     }
@@ -254,6 +263,45 @@ impl<'b> Reader<'b> {
         let (address, flags) = (self.address()?, self.u8()?);
         let [hostname, node, zone, pod] = [self.maybe()?, self.maybe()?, self.maybe()?, self.maybe()?];
         let (ready, serving, terminating) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
-        Some(Endpoint { address, hostname, node, zone, pod, ready, serving, terminating })
+        let hints = match flags & 8 {
+            0 => None,
+            _ => Some(Hints { zones: self.list(Self::name)?.into(), nodes: self.list(Self::name)?.into() }.into()),
+        };
+        Some(Endpoint { address, hostname, node, zone, pod, hints, ready, serving, terminating })
+    }
+
+    fn id(&mut self) -> Option<ServiceId> {
+        Some(ServiceId { namespace: self.name()?, name: self.name()? })
+    }
+
+    fn rule(&mut self) -> Option<Rule> {
+        let flags = self.u8()?;
+        Some(Rule {
+            id: self.id()?,
+            host: if flags & 2 != 0 { Some(self.id()?) } else { None },
+            created: self.name()?,
+            private: flags & 1 != 0,
+            not_done: self.name()?,
+            traffic: self.traffic()?,
+            ports: self.list(|r| Some((r.u16()?, r.traffic()?)))?.into(),
+        })
+    }
+
+    fn traffic(&mut self) -> Option<Rc<Traffic>> {
+        let (choice, mut numbers) = (self.u8()?, [0; NUMBERS]);
+        for number in &mut numbers {
+            *number = self.u32()?;
+        }
+        let name = self.name()?;
+        let choice = match choice {
+            0 => None,
+            1 => Some(Choice::RoundRobin),
+            2 => Some(Choice::Random),
+            3 => Some(Choice::LeastRequest),
+            4 => Some(Choice::SourceIp),
+            5 => Some(Choice::Header(name)),
+            _ => return None,
+        };
+        Some(Traffic { choice, numbers }.into())
     }
 }

@@ -33,6 +33,7 @@ fn contents(table: &Table) -> (Vec<(Source, Object)>, Vec<Source>) {
         all.extend(record.slices.iter().map(|e| (e.source, Object::Slice(e.value.unpack(&record.id)))));
     }
     all.extend(table.nodes.values().flatten().map(|e| (e.source, Object::Node(e.value.clone()))));
+    all.extend(table.rules.versions().flatten().map(|e| (e.source, Object::Rule(e.value.clone()))));
     all.extend(table.pods.entries().map(|e| (e.source, Object::Pod(e.value.clone()))));
     all.retain(|(source, _)| *source != Source::Config);
     all.sort_by_key(|(source, object)| (*source, object.id()));

@@ -1,13 +1,15 @@
 //! Table and peers -> bytes.
 
 use super::{
-    HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum, source_byte,
+    HEADER, MAGIC, Meta, NODE, PEERS_MAX, POD, RULE, SERVICE, SLICE, SNAPSHOT_MAX, SOURCES, VERSION, checksum,
+    source_byte,
 };
 use crate::{
     table::{
         Record, Table,
-        model::{Affinity, NodeInfo, Pod, Protocol, Service, ServiceId, ServiceKind, Source},
+        model::{Affinity, Name, NodeInfo, Pod, Protocol, Service, ServiceId, ServiceKind, Source},
         packed::{EndpointRef, StoredSlice},
+        rule::{Choice, Rule, Traffic},
     },
     tunnel::Remembered,
 };
@@ -83,6 +85,9 @@ impl Encoder {
         }
         for entry in table.pods.entries() {
             self.object(POD, entry.source, |out| put_pod(out, &entry.value));
+        }
+        for entry in table.rules.versions().flatten() {
+            self.object(RULE, entry.source, |out| put_rule(out, &entry.value));
         }
         true
     }
@@ -209,7 +214,8 @@ fn put_service(out: &mut Vec<u8>, s: &Service) -> bool {
         Affinity::None => 0,
         Affinity::ClientIp { timeout } => u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1),
     };
-    out.extend_from_slice(&[kind, u8::from(s.local_only) | u8::from(s.not_proxied) << 1]);
+    let flags = u8::from(s.local_only) | u8::from(s.not_proxied) << 1 | u8::from(s.external_local) << 2;
+    out.extend_from_slice(&[kind, flags]);
     out.extend_from_slice(&sticky.to_be_bytes());
     put_text(out, &s.id.namespace)
         && put_text(out, &s.id.name)
@@ -230,8 +236,42 @@ fn put_slice(out: &mut Vec<u8>, of: &ServiceId, s: &StoredSlice) -> bool {
 
 fn put_endpoint(out: &mut Vec<u8>, e: EndpointRef<'_>) -> bool {
     put_address(out, e.address);
-    out.push(u8::from(e.ready) | u8::from(e.serving) << 1 | u8::from(e.terminating) << 2);
+    let hints = u8::from(e.hints.is_some()) << 3;
+    out.push(u8::from(e.ready) | u8::from(e.serving) << 1 | u8::from(e.terminating) << 2 | hints);
+    let name = |out: &mut Vec<u8>, name: &Name| put_text(out, name);
     [&e.hostname, &e.node, &e.zone, &e.pod].into_iter().all(|name| put_maybe(out, name.as_deref()))
+        && e.hints.as_ref().is_none_or(|h| put_list(out, &h.zones, name) && put_list(out, &h.nodes, name))
+}
+
+fn put_id(out: &mut Vec<u8>, id: &ServiceId) -> bool {
+    put_text(out, &id.namespace) && put_text(out, &id.name)
+}
+
+fn put_rule(out: &mut Vec<u8>, r: &Rule) -> bool {
+    out.push(u8::from(r.private) | u8::from(r.host.is_some()) << 1);
+    put_id(out, &r.id)
+        && r.host.as_ref().is_none_or(|host| put_id(out, host))
+        && put_text(out, &r.created)
+        && put_text(out, &r.not_done)
+        && put_traffic(out, &r.traffic)
+        && put_list(out, &r.ports, |out, (port, traffic)| {
+            out.extend_from_slice(&port.to_be_bytes());
+            put_traffic(out, traffic)
+        })
+}
+
+fn put_traffic(out: &mut Vec<u8>, t: &Traffic) -> bool {
+    let (choice, name) = match &t.choice {
+        None => (0, ""),
+        Some(Choice::RoundRobin) => (1, ""),
+        Some(Choice::Random) => (2, ""),
+        Some(Choice::LeastRequest) => (3, ""),
+        Some(Choice::SourceIp) => (4, ""),
+        Some(Choice::Header(name)) => (5, &**name),
+    };
+    out.push(choice);
+    t.numbers.iter().for_each(|n| out.extend_from_slice(&n.to_be_bytes()));
+    put_text(out, name)
 }
 
 fn put_node(out: &mut Vec<u8>, n: &NodeInfo) -> bool {

@@ -206,9 +206,11 @@ class ApiServer:
         return {"metadata": {"name": f"svc-{n}", "labels": {"kubernetes.io/service-name": f"svc-{n}"}}, "addressType": "IPv4",
                 "ports": [{"name": "", "port": 8080}], "endpoints": [one(i, a) for i, a in enumerate(addresses)]}
 
-    def touch(self, n, ready):
-        """Another state of a slice's endpoints."""
-        self.must("PUT", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices/svc-{n}", self._slice(n, 3, ready=bool(ready)))
+    def touch(self, numbers, ready):
+        """Another state of the slices' endpoints."""
+        def one(n):
+            self.must("PUT", f"/apis/discovery.k8s.io/v1/namespaces/{BULK}/endpointslices/svc-{n}", self._slice(n, 3, ready=ready))
+        self._each(one, numbers)
 
     def drop(self, numbers):
         def one(n):

@@ -79,9 +79,14 @@ def ip_json(namespace, *args):
     return json.loads(run(["ip", "-n", namespace, "-j", *args]) or "[]")
 
 
+def family_of(address):
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def udp(namespace, address="0.0.0.0", port=0, timeout=1.0):
+    """At "::" for both families."""
     with inside(namespace):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        s = socket.socket(family_of(address), socket.SOCK_DGRAM)
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
         s.bind((address, port))
         s.settimeout(timeout)
@@ -90,7 +95,7 @@ def udp(namespace, address="0.0.0.0", port=0, timeout=1.0):
 
 def tcp_listener(namespace, address="0.0.0.0", port=0, backlog=1024):
     with inside(namespace):
-        s = socket.socket()
+        s = socket.socket(family_of(address))
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind((address, port))
         s.listen(backlog)
@@ -100,7 +105,7 @@ def tcp_listener(namespace, address="0.0.0.0", port=0, backlog=1024):
 def tcp(namespace, address, port, timeout=10.0, source=None):
     """Connects from inside the namespace; names are never looked up here."""
     with inside(namespace):
-        s = socket.socket()
+        s = socket.socket(family_of(address))
         try:
             s.settimeout(timeout)
             if source:

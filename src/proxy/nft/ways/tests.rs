@@ -61,7 +61,7 @@ fn a_policy_to_drop_wants_a_way_in() {
     assert_eq!(names(&ways), ["chain inet fw4 input", "chain ip filter INPUT"]);
     assert_eq!(ways.missing(Family::V4, true).len(), 1);
     assert_eq!(ways.missing(Family::V6, false).len(), 1);
-    assert!(ways.ours().is_empty() && ways.spare().is_empty());
+    assert!(ways.ours().is_empty() && ways.spare(&[Family::V4]).is_empty());
 }
 
 #[test]
@@ -91,9 +91,13 @@ fn a_rule_that_refuses_all_of_an_interface_wants_one_too_and_a_narrow_one_does_n
 
 #[test]
 fn what_we_put_in_is_known_again_and_goes_when_nobody_needs_it() {
-    let own = "169.254.96.16".parse().unwrap();
     let way = Way { family: Family::Inet, table: "fw4".into(), chain: "input".into(), of_iptables: false };
-    for (policy, wants) in [(0, true), (1, false)] {
+    for (own, family, policy, wants) in [
+        ("169.254.96.16", Family::V4, 0, true),
+        ("169.254.96.16", Family::V4, 1, false),
+        ("fd00:96::16", Family::V6, 0, true),
+    ] {
+        let own = own.parse().unwrap();
         let mut ways = Ways::default();
         chain(&mut ways, INET, "fw4", "input", Some(1), policy);
         // As we send it, with the handle that the kernel adds.
@@ -107,10 +111,13 @@ fn what_we_put_in_is_known_again_and_goes_when_nobody_needs_it() {
         };
         ways.rule(&with_handle(77));
         ways.rule(&with_handle(78));
-        assert_eq!(ways.ours(), [(way.clone(), 77), (way.clone(), 78)]);
-        assert!(ways.missing(Family::V4, false).is_empty());
-        let spare: Vec<u64> = ways.spare().into_iter().map(|(_, handle)| handle).collect();
-        assert_eq!(spare, if wants { vec![78] } else { vec![77, 78] });
+        assert_eq!(ways.ours(), [77, 78].map(|handle| (way.clone(), family, handle)));
+        assert!(ways.missing(family, false).is_empty());
+        let other = if family == Family::V4 { Family::V6 } else { Family::V4 };
+        assert_eq!(ways.missing(other, false).is_empty(), !wants);
+        let spare = |served| ways.spare(&[served]).into_iter().map(|(_, _, handle)| handle).collect::<Vec<_>>();
+        assert_eq!(spare(family), if wants { vec![78] } else { vec![77, 78] });
+        assert_eq!(spare(other), [77, 78]);
     }
 }
 
@@ -138,7 +145,7 @@ fn notifications_that_concern_us() {
             a.nest(4, |h| h.number(1, 1));
         })
     ));
-    assert!(new(Kind::DelRule, &rule_of(INET, "fw4", "input", 5, &[], &comment())));
+    assert!(new(Kind::DelRule, &rule_of(INET, "fw4", "input", 5, &[], &comment(Family::V4))));
     // A bridge's table of our name is none of ours.
     assert!(!new(Kind::DelRule, &body(7, |a| a.text(1, TABLE))));
 }
@@ -161,6 +168,6 @@ fn cut_messages_are_nothing_and_no_end() {
         let mut ways = Ways::default();
         ways.rule(&bytes);
         ways.chain(&bytes);
-        let (_, _, _) = (ways.missing(Family::V4, false), ways.spare(), concerns_us(round, &bytes));
+        let (_, _, _) = (ways.missing(Family::V4, false), ways.spare(&[Family::V4]), concerns_us(round, &bytes));
     }
 }

@@ -1,7 +1,11 @@
 //! Random tables and peers.
 
 use crate::{
-    table::{Table, model::*},
+    table::{
+        Table,
+        model::*,
+        rule::{Choice, Rule, Traffic},
+    },
     tunnel::{
         Remembered,
         identity::{Authority, Request, Roles, Secret},
@@ -9,6 +13,7 @@ use crate::{
 };
 use std::{
     net::{IpAddr, Ipv6Addr},
+    rc::Rc,
     time::Duration,
 };
 
@@ -38,8 +43,32 @@ impl World {
         [Protocol::Tcp, Protocol::Udp, Protocol::Sctp][self.0.usize(..3)]
     }
 
+    fn id(&mut self) -> ServiceId {
+        ServiceId { namespace: self.name(), name: self.name() }
+    }
+
+    fn traffic(&mut self) -> Rc<Traffic> {
+        let name = self.name();
+        let choices =
+            [Choice::RoundRobin, Choice::Random, Choice::LeastRequest, Choice::SourceIp, Choice::Header(name)];
+        let choice = self.0.bool().then(|| choices[self.0.usize(..5)].clone());
+        Traffic { choice, numbers: std::array::from_fn(|_| self.0.u32(..)) }.into()
+    }
+
+    fn rule(&mut self) -> Rule {
+        Rule {
+            id: self.id(),
+            host: self.0.bool().then(|| self.id()),
+            created: self.name(),
+            private: self.0.bool(),
+            traffic: self.traffic(),
+            ports: self.list(3, |w| (w.0.u16(..), w.traffic())).into(),
+            not_done: self.maybe().unwrap_or_default(),
+        }
+    }
+
     fn object(&mut self) -> Object {
-        match self.0.u8(..6) {
+        match self.0.u8(..7) {
             0 | 1 => Object::Service(Service {
                 id: ServiceId { namespace: self.name(), name: self.name() },
                 kind: match self.0.u8(..3) {
@@ -62,6 +91,7 @@ impl World {
                     n => Affinity::ClientIp { timeout: Duration::from_secs(u64::from(n) * 43_200) },
                 },
                 local_only: self.0.bool(),
+                external_local: self.0.bool(),
                 not_proxied: self.0.bool(),
             }),
             2 | 3 => Object::Slice(Slice {
@@ -76,11 +106,15 @@ impl World {
                     node: w.maybe(),
                     zone: w.maybe(),
                     pod: w.maybe(),
+                    hints: w.0.bool().then(|| {
+                        Hints { zones: w.list(2, Self::name).into(), nodes: w.list(2, Self::name).into() }.into()
+                    }),
                     ready: w.0.bool(),
                     serving: w.0.bool(),
                     terminating: w.0.bool(),
                 }),
             }),
+            5 => Object::Rule(self.rule()),
             4 => Object::Pod(Pod {
                 id: PodId { namespace: self.name(), name: self.name() },
                 addresses: self.list(2, Self::address),
