@@ -83,6 +83,7 @@ fn look<'t>(carrier: &'t Rc<Carrier>, tasks: &LocalExecutor<'t>, ways: &[Way]) -
         if let Some(line) = detour.line.borrow().as_ref().filter(|line| line.address != address) {
             line.close(); // its name stands for another address by now
         }
+        let live = live && at.answered;
         hurry |= live && at.missing;
         let before = detour.fallback.borrow().carries();
         let turn = detour.fallback.borrow_mut().turn(now, !at.missing, live);

@@ -14,6 +14,8 @@ pub(crate) struct RelaySeen {
     pub(crate) address: Option<SocketAddr>,
     /// It is wanted and does not answer.
     pub(crate) missing: bool,
+    /// It has answered before.
+    pub(crate) answered: bool,
     /// Its last PONG came by UDP.
     pub(crate) by_udp: bool,
 }
@@ -60,6 +62,7 @@ impl Node {
             host: home.host.clone(),
             address: home.address,
             missing: self.homes.missing(relay),
+            answered: home.ghost.is_some() || home.up().is_some_and(|up| up.rtt.is_some()),
             by_udp: home.up().is_some_and(|up| up.observed.is_some()),
         })
     }
