@@ -306,7 +306,7 @@ mod tests {
         let avoid = ["192.168.1.0/24", "fd00:1::/64"].map(net);
         assert_eq!(cover(&some, &avoid).nets, ["10.96.0.1", "fd00::1"].map(net));
         assert_eq!(cover(&some, &["0.0.0.0/0", "::/0"].map(net)), Cover::default());
-        }
+    }
 
     #[test]
     fn every_vip_is_covered_once_and_nothing_that_is_to_be_avoided() {
