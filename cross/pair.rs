@@ -7,14 +7,17 @@
 #![allow(clippy::print_stdout)]
 
 use anyhow::{Context, bail};
-use futures_lite::{AsyncReadExt, AsyncWriteExt, future::zip};
-use smol::{LocalExecutor, Timer, future::or};
+use futures_lite::{
+    AsyncReadExt, AsyncWriteExt,
+    future::{or, zip},
+};
 use std::{io::Write, net::SocketAddr, path::Path, rc::Rc, time::Duration};
 use weft::{
     ca::{self, Ca, Order},
     clock::{BUILT, Clock},
     config::{Config, RelayName},
     metrics::TunnelCounters,
+    reactor::{LocalExecutor, Timer},
     table::model::{Protocol, ServiceId},
     tunnel::{self, Driver, Handle, Open, identity::Roles},
 };
@@ -81,7 +84,7 @@ fn run(dir: &Path, name: &str, port: Option<u16>) -> anyhow::Result<()> {
     let at = driver.local_addr()?;
     let executor = LocalExecutor::new();
     let driven = executor.spawn(driver.run());
-    smol::block_on(executor.run(or(
+    weft::reactor::block_on(executor.run(or(
         async { driven.await.context("the tunnel has ended") },
         or(
             async {
@@ -147,7 +150,7 @@ async fn once(handle: &Handle) -> anyhow::Result<()> {
         endpoint: SocketAddr::from(([127, 0, 0, 1], 1)),
     };
     let stream = handle.open("serve", &open);
-    let (mut reader, mut writer) = smol::io::split(stream);
+    let (mut reader, mut writer) = futures_lite::io::split(stream);
     let mut got = Vec::with_capacity(SIZE);
     let write = async {
         writer.write_all(&sent).await?;

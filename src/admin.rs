@@ -8,14 +8,15 @@ pub mod view;
 use crate::{
     clock::Clock,
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
+    reactor::{Async, LocalExecutor, Timer},
     shared::Reader,
     table::Table,
     tunnel,
 };
 use anyhow::{Context, bail};
+use async_lock::Semaphore;
 use futures_lite::{AsyncReadExt, AsyncWriteExt, future::or};
 use nanoserde::{DeJson, SerJson};
-use smol::{Async, LocalExecutor, Timer, lock::Semaphore};
 use std::{
     cell::RefCell,
     collections::BTreeMap,

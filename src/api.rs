@@ -14,6 +14,7 @@ use crate::{
         watcher::{Input, Output, SPREAD, Setup as Watch, Watcher, first_try},
     },
     netlink::Monitor,
+    reactor::Timer,
     shared::{Bell, Listener, Writer},
     table::{
         Table,
@@ -22,7 +23,6 @@ use crate::{
     },
 };
 use futures_lite::future::{or, pending, yield_now};
-use smol::Timer;
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -125,6 +125,11 @@ impl Api {
             forget_others(config, setup.pods, t);
         });
         let access = credentials.access();
+        // The rules of a snapshot come before the first try to connect.
+        let servers = access.iter().flat_map(|a| &a.servers).map(|s| &s.host);
+        for address in servers.chain(config.proxy.as_ref().map(|p| &p.host)).filter_map(|host| host.parse().ok()) {
+            setup.table.update(|t| t.guard(address));
+        }
         let is_local = |access: &Access| access.servers.iter().all(Server::is_local);
         let metaserver = match config.server {
             ServerKind::Auto => access.as_ref().is_ok_and(|a| a.servers.iter().all(Server::is_metaserver)),

@@ -20,6 +20,7 @@ use crate::{
     netlink,
     notify::Notify,
     proxy::{Drain, Proxy, rules::Ports, udp},
+    reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
@@ -35,19 +36,17 @@ use crate::{
     tunnel::{self, identity::Bundle},
 };
 use anyhow::{Context, bail};
-use async_signal::{Signal, Signals};
 use futures_lite::{
-    StreamExt,
+    AsyncReadExt,
     future::{or, pending},
 };
 use log::LevelFilter;
 use shown::Shown;
-use smol::LocalExecutor;
 use std::{
     cell::RefCell,
-    fs,
+    fs, io,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     rc::Rc,
     time::Duration,
@@ -73,7 +72,7 @@ pub fn run(start: Start) -> anyhow::Result<()> {
     let executor = Rc::new(LocalExecutor::new());
     // A task, so that not every wake-up of another looks for signals.
     let agent = executor.spawn(agent(Rc::clone(&executor), start));
-    smol::block_on(executor.run(agent))
+    crate::reactor::block_on(executor.run(agent))
 }
 
 /// Removes what a killed agent left in the kernel, and says what that was.
@@ -86,7 +85,7 @@ pub fn cleanup() -> anyhow::Result<Vec<String>> {
 
 async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Result<()> {
     // Before anything is changed in the kernel, so that a signal undoes it.
-    let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("signals")?;
+    let signals = Signals::new().context("signals")?;
     let config = &start.config;
     let found = snapshot::find(&config.node.state_dir);
     let clock = Clock::new(BUILT).remembering(found.unix());
@@ -118,23 +117,23 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
         let signal = async { Ok(signals.next().await) };
         let ended = async { Err(wiring.tasks.ended().await) };
         match or(or(signal, ended), alive(&notify)).await {
-            Ok(Some(Ok(Signal::Hup))) => {
+            Ok(Ok(libc::SIGHUP)) => {
                 notify.tell("RELOADING=1");
                 or(wiring.reload(&start), alive(&notify)).await;
                 notify.tell("READY=1");
             }
-            Ok(Some(Ok(signal))) => {
-                log::info!("{signal:?}: leaving");
+            Ok(Ok(signal)) => {
+                log::info!("{}: leaving", if signal == libc::SIGTERM { "SIGTERM" } else { "SIGINT" });
                 break Ok(());
             }
-            Ok(Some(Err(_)) | None) => break Err(anyhow::anyhow!("signals can no longer be received")),
+            Ok(Err(why)) => break Err(anyhow::Error::new(why).context("signals can no longer be received")),
             Err((name, why)) => break Err(why.context(format!("{name} has ended"))),
         }
     };
     notify.tell("STOPPING=1");
     let impatience = async {
-        while let Some(signal) = signals.next().await {
-            if !matches!(signal, Ok(Signal::Hup)) {
+        while let Ok(signal) = signals.next().await {
+            if signal != libc::SIGHUP {
                 bail!("a second signal: left in haste; `weft cleanup` removes what is still in the kernel");
             }
         }
@@ -147,6 +146,21 @@ async fn agent(executor: Rc<LocalExecutor<'static>>, start: Start) -> anyhow::Re
     };
     let drained = or(or(gently, impatience), alive(&notify)).await;
     ended.and(drained)
+}
+
+/// What ends the agent, or reloads it.
+struct Signals(Async<OwnedFd>);
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Async::new_nonblocking(sys::signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?).map(Self)
+    }
+
+    async fn next(&self) -> io::Result<i32> {
+        let mut one = [0; size_of::<libc::signalfd_siginfo>()];
+        (&self.0).read_exact(&mut one).await?;
+        Ok(i32::from_ne_bytes([one[0], one[1], one[2], one[3]]))
+    }
 }
 
 /// Shows signs of life, and never ends.

@@ -16,6 +16,7 @@ use crate::{
     config::TunnelConfig,
     detour::Detours,
     metrics::{TunnelCounters, add, bump},
+    reactor::{Async, LocalExecutor},
     reception::Reception,
     sys,
     tunnel::{Lookup, Shared},
@@ -27,7 +28,6 @@ use futures_lite::{
     ready,
 };
 use noise::{Identity, OVERHEAD, Opener, PREFIX, Sealer};
-use smol::{Async, LocalExecutor};
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,

@@ -79,7 +79,7 @@ impl Here<'_> {
             };
             let by_iptables = writers.wants_iptables();
             if by_iptables && writers.flavour.is_some() {
-                writers.iptables = Some(smol::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
+                writers.iptables = Some(crate::reactor::block_on(iptables::attempt()).map_err(|e| format!("{e:#}")));
             }
             self.say(kernel::rules(&writers));
             let closed = nft::closed_ways(dns.listen.ip(), by_iptables).unwrap_or_default();

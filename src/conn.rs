@@ -3,11 +3,11 @@
 use crate::{
     carrier::connect::{HEAD_MAX, Proxy},
     kube::tls,
+    reactor::{Async, Timer},
     sys,
 };
 use futures_lite::future::or;
 use rustls::ClientConnection;
-use smol::{Async, Timer};
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},

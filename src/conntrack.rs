@@ -5,11 +5,11 @@ use crate::{
         flows::{self, Ways},
         link::{Answer, messages},
     },
+    reactor::{Async, Timer},
     sys,
 };
 use anyhow::{Context, Result};
 use futures_lite::future::{or, yield_now};
-use smol::{Async, Timer};
 use std::{
     io::{self, ErrorKind},
     net::IpAddr,

@@ -8,6 +8,7 @@ use crate::{
         noise::{Dialer, Opener, REPLY_LEN, Sealer},
         tls::{self, Tls},
     },
+    reactor::{LocalExecutor, Timer},
     sys,
 };
 use anyhow::{Context, bail};
@@ -16,7 +17,6 @@ use futures_lite::{
     future::{or, yield_now},
 };
 use ring::rand::{SecureRandom, SystemRandom};
-use smol::{LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     net::{IpAddr, SocketAddr},

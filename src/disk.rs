@@ -1,7 +1,7 @@
 //! Files that are whole or not there, written by a thread of their own: an fsync may take seconds on flash.
 
 use anyhow::{Context as _, ensure};
-use smol::channel::{Receiver, Sender, bounded};
+use async_channel::{Receiver, Sender, bounded};
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read as _, Write as _},

@@ -18,6 +18,7 @@ use crate::{
     holder,
     links::Seen,
     metrics::{DnsCounters, bump},
+    reactor::{Async, LocalExecutor, Task, Timer},
     resolver::{Sink, To},
     shared::{Bell, Reader},
     sys,
@@ -27,7 +28,6 @@ use answer::{Answerer, Outcome, Via};
 use anyhow::{Context as _, bail};
 use foreign::Head;
 use futures_lite::future::{or, pending, yield_now};
-use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,

@@ -1,13 +1,13 @@
 //! Runs a program of the system with its pipes in the loop: no thread, no signal handler, never a wait
 //! that blocks the others.
 
+use crate::reactor::{Async, Timer};
 use anyhow::{Context, Result, bail};
 use futures_lite::{
     AsyncBufReadExt, AsyncReadExt, AsyncWriteExt,
     future::{or, zip},
     io::{AsyncRead, BufReader},
 };
-use smol::{Async, Timer};
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -128,7 +128,7 @@ mod tests {
     fn sh(script: &str, input: &str) -> (Result<()>, Vec<String>) {
         let mut got = Vec::new();
         let shell = find("sh").unwrap();
-        let result = smol::block_on(run(&shell, &["-c", script], input, |line| got.push(line.to_owned())));
+        let result = crate::reactor::block_on(run(&shell, &["-c", script], input, |line| got.push(line.to_owned())));
         (result, got)
     }
 
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(format!("{:#}", result.unwrap_err()), "sh: one; two");
         let (result, _) = sh("exit 3", &"x".repeat(1_000_000));
         assert_eq!(format!("{:#}", result.unwrap_err()), "sh: exit status: 3");
-        let missing = smol::block_on(run(Path::new("/nowhere/tool"), &[], "", |_| ()));
+        let missing = crate::reactor::block_on(run(Path::new("/nowhere/tool"), &[], "", |_| ()));
         assert!(format!("{:#}", missing.unwrap_err()).starts_with("tool: cannot be started"));
     }
 
@@ -162,7 +162,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("weft-exec-{}", std::process::id()));
         let script = format!("echo $$ > {}; exec sleep 1000", dir.display());
         let shell = find("sh").unwrap();
-        smol::block_on(or(async { drop(run(&shell, &["-c", &script], "", |_| ()).await) }, async {
+        crate::reactor::block_on(or(async { drop(run(&shell, &["-c", &script], "", |_| ()).await) }, async {
             while !std::fs::read_to_string(&dir).is_ok_and(|s| s.ends_with('\n')) {
                 Timer::after(Duration::from_millis(5)).await;
             }

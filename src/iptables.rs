@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_missing_tool_is_named() {
-        let missing = smol::block_on(Tools::new("no-such-tables")).unwrap_err();
+        let missing = crate::reactor::block_on(Tools::new("no-such-tables")).unwrap_err();
         assert!(missing.to_string().starts_with("no-such-tables-restore is not installed"), "{missing}");
     }
 

@@ -21,6 +21,7 @@ pub use loading::{ENDPOINTS_MAX, OBJECTS_MAX};
 use crate::sorted::Map;
 use crate::{
     clock::Clock,
+    reactor::Timer,
     shared::Writer,
     table::{
         Table,
@@ -29,8 +30,8 @@ use crate::{
 };
 use anyhow::{Context, bail, ensure};
 use files::{Check, Reading};
+use futures_lite::future::yield_now;
 use loading::{IntoTable, Loading, Wanted};
-use smol::{Timer, future::yield_now};
 use std::{
     cell::RefCell,
     fs,

@@ -3,10 +3,10 @@
 use crate::sorted::Set;
 use crate::{
     netlink::{self, Monitor},
+    reactor::Timer,
     shared::{Reader, Writer},
 };
 use futures_lite::future::or;
-use smol::Timer;
 use std::{fs, path::Path, time::Duration};
 
 /// Changes come in bursts; none is looked at before it is over, or at least after this.

@@ -8,11 +8,11 @@ use crate::{
         link::{self, Answer, DeviceKind, Link, Raw},
         rules::{ADDRESS6, DEVICE},
     },
+    reactor::Async,
     sys::{self, Family},
     tunnel::survey::Network,
 };
 use anyhow::{Context, Result, bail};
-use smol::Async;
 use std::{
     io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr},

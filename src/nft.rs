@@ -12,12 +12,12 @@ use crate::{
         },
         rules::Desired,
     },
+    reactor::Async,
     rules::Synced,
     sys,
 };
 use anyhow::{Context, Result};
 use futures_lite::future::yield_now;
-use smol::Async;
 use std::{
     io::{self, ErrorKind},
     net::IpAddr,

@@ -1,6 +1,6 @@
 //! What a service manager is told, and how it sees that the loop still turns (sd_notify(3)): a datagram each.
 
-use smol::Timer;
+use crate::reactor::Timer;
 use std::{
     env, io,
     os::{
@@ -64,7 +64,8 @@ fn open(at: &str) -> io::Result<(UnixDatagram, SocketAddr)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures_lite::future::{block_on, or};
+    use crate::reactor::block_on;
+    use futures_lite::future::or;
 
     #[test]
     fn words_and_signs_of_life_arrive() {

@@ -1,10 +1,10 @@
 //! Asks the gateway for a port: the socket under the sans-IO [`Portmap`].
 
+use crate::reactor::Async;
 use crate::tunnel::{
     portmap::{Output, PORT, Portmap},
     survey::Gateway,
 };
-use smol::Async;
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr, UdpSocket},

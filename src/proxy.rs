@@ -14,6 +14,7 @@ use crate::{
     config::ProxyConfig,
     metrics::{ProxyCounters, bump},
     pump::{self, Pool},
+    reactor::{Async, LocalExecutor, Timer},
     shared::{Bell, Reader},
     sys,
     table::{
@@ -29,7 +30,6 @@ use futures_lite::{
     AsyncWrite, AsyncWriteExt,
     future::{or, poll_fn, yield_now, zip},
 };
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     fs::File,

@@ -1,12 +1,12 @@
 //! Two-way copy with half-close: splice(2) between two sockets, peek and write between a socket and a
 //! tunnel stream. An idle connection owns neither buffer nor pipe.
 
+use crate::reactor::Async;
 use crate::{metrics::add, sys};
 use futures_lite::{
     future::{poll_fn, try_zip, yield_now},
     io::{AsyncRead, AsyncWrite},
 };
-use smol::Async;
 use std::{
     cell::{Cell, RefCell},
     io::{self, ErrorKind, Read, Write},
@@ -376,8 +376,8 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reactor::LocalExecutor;
     use futures_lite::{AsyncReadExt, AsyncWriteExt};
-    use smol::LocalExecutor;
     use std::{net::TcpListener, rc::Rc};
 
     fn pair() -> (Async<TcpStream>, Async<TcpStream>) {
@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn an_idle_connection_owns_no_pipe_and_a_finished_one_none_either() {
         let ex = LocalExecutor::new();
-        smol::block_on(ex.run(async {
+        crate::reactor::block_on(ex.run(async {
             let pool = Rc::new(Pool::default());
             let ((mut client, a), (b, mut server)) = (pair(), pair());
             let other = pool.clone();

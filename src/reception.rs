@@ -7,12 +7,12 @@ use crate::{
         tls::{FIRST_BYTE, Greeting, Server, Tls},
     },
     metrics::bump,
+    reactor::{Async, LocalExecutor, Task, Timer},
     sys,
     tunnel::Effort,
 };
 use anyhow::Context;
 use futures_lite::{AsyncRead, AsyncReadExt, AsyncWriteExt, future::or};
-use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,

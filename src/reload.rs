@@ -10,12 +10,12 @@ use crate::{
         read_bundle, wants_kernel,
     },
     config::Config,
+    reactor::Timer,
     table::model::{Change, Source},
     tunnel::identity::Bundle,
 };
 use anyhow::Context as _;
 use futures_lite::future::or;
-use smol::Timer;
 use std::{future::Future, time::Duration};
 
 /// For what is said to peers and relays at the end.

@@ -14,6 +14,7 @@ use crate::{
     },
     links::{self, Links, Seen},
     metrics::DnsCounters,
+    reactor::{Async, LocalExecutor, Timer},
     shared::{Bell, Listener, Reader},
     sys,
 };
@@ -24,7 +25,6 @@ use futures_lite::{
 };
 use ring::rand::{SecureRandom as _, SystemRandom};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,

@@ -17,12 +17,12 @@ use crate::{
         rules::{self, ADDRESS6, Catch, DEVICE, Desired, Ports, Sources},
         udp,
     },
+    reactor::Timer,
     shared::{Bell, Listener, Reader, Writer},
     table::{Table, balance::Here},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use futures_lite::future::or;
-use smol::Timer;
 use std::{
     cell::Cell,
     net::{IpAddr, Ipv4Addr},
@@ -547,5 +547,5 @@ async fn remove_all() -> Result<Vec<String>> {
 /// # Errors
 /// When something is left behind; the text says what.
 pub fn cleanup() -> Result<Vec<String>> {
-    smol::block_on(remove_all())
+    crate::reactor::block_on(remove_all())
 }

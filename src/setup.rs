@@ -149,7 +149,7 @@ fn start_again(resolver: Resolver) -> Result<String> {
         (None, Resolver::Uci | Resolver::Dnsmasq) if Path::new(&script).exists() => (script.into(), vec!["restart"]),
         (None, _) => return Ok([service, " has to be restarted: how, only you know"].concat()),
     };
-    let done = smol::block_on(exec::run(&program, &args, "", |_| ()));
+    let done = crate::reactor::block_on(exec::run(&program, &args, "", |_| ()));
     done.with_context(|| ["the files are written, but ", service, " does not start again"].concat())?;
     Ok(["restarted ", service].concat())
 }

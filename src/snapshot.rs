@@ -3,6 +3,7 @@
 use crate::{
     clock::Clock,
     disk::{self, Medium},
+    reactor::Timer,
     shared::{Bell, Reader, Writer},
     table::{
         Table,
@@ -13,7 +14,6 @@ use crate::{
 };
 use anyhow::Context as _;
 use futures_lite::future::{or, yield_now};
-use smol::Timer;
 use std::{
     cell::Cell,
     path::{Path, PathBuf},

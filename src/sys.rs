@@ -571,5 +571,23 @@ pub fn raise_nofile() -> io::Result<u64> {
     Ok(limit.rlim_cur)
 }
 
+/// A descriptor from which these signals are read, the number first (signalfd(2)); here, and in threads that are
+/// started from now on, they do nothing else any more. Programs that std starts have none blocked.
+///
+/// # Errors
+/// As pthread_sigmask(3) and signalfd(2).
+pub fn signals(wanted: &[c_int]) -> io::Result<OwnedFd> {
+    // SAFETY: sigset_t is plain data, of which the kernel reads what these calls have set.
+    unsafe {
+        let mut set: libc::sigset_t = mem::zeroed();
+        for &signal in wanted {
+            check(libc::sigaddset(&raw mut set, signal))?;
+        }
+        check(-libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()))?;
+        let fd = check(libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -76,8 +76,8 @@ struct Namespace {
 
 /// See the module.
 ///
-/// 5,000 Services with 20,000 endpoints in 5,000 slices keep 6.5 MB, measured on x86-64 (40 % of it the endpoints, at
-/// 88 bytes each, of which 64 are references to names; about half on 32 bits); 1.1 MB more with the names of all pods.
+/// 5,000 Services with 20,000 endpoints in 5,000 slices keep 2.8 MB, measured on x86-64: 0.7 the Services, 0.7 records
+/// (0.4 of it touched), 0.6 slices and endpoints, 0.3 indices, the rest names. musl's allocator makes two thirds more of it.
 #[derive(Debug, Default)]
 pub struct Table {
     namespaces: BTreeMap<Name, Namespace>,

@@ -1,7 +1,7 @@
 //! Named tasks of the one executor; the first that ends ends the process.
 
+use crate::reactor::{LocalExecutor, Task};
 use futures_lite::FutureExt;
-use smol::{LocalExecutor, Task};
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
 /// Dropping it cancels them all.

@@ -7,10 +7,10 @@ use crate::{
     config::Config,
     holder,
     metrics::TunnelCounters,
+    reactor::{LocalExecutor, Timer},
     tunnel::{self, identity::Bundle},
 };
 use futures_lite::future::or;
-use smol::{LocalExecutor, Timer};
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, ErrorKind, Read as _, Write as _},
@@ -132,7 +132,7 @@ pub(crate) fn relays(config: &Config, bundle: Bundle, port_is_free: bool) -> (Ve
         }
     };
     let executor = LocalExecutor::new();
-    smol::block_on(executor.run(async {
+    crate::reactor::block_on(executor.run(async {
         let task = executor.spawn(driver.run());
         let answered = async {
             while !handle.relays().iter().all(|r| r.registered && r.rtt_ms.is_some()) {

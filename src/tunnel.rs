@@ -60,6 +60,7 @@ use crate::{
     config::{Profile, TunnelConfig},
     metrics::{TunnelCounters, bump},
     portmap::Mapper,
+    reactor::{Async, Timer},
     shared::Listener,
     uplinks::Links,
 };
@@ -73,7 +74,6 @@ use identity::{Bundle, KeyPair, Secret};
 use node::{Event, Node, NodeConfig, Output};
 use noise::Local;
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
-use smol::{Async, Timer};
 use std::{
     collections::VecDeque,
     future::Future,
@@ -201,6 +201,7 @@ impl Driver {
             unix: Arc::new(AtomicU32::new(unix)),
             entropy: None,
             is_relay,
+            has_aes: suite::has_aes(),
         };
         let (socket, v6) = bind(config.listen)?;
         if let Err(error) = crate::sys::set_mark(&socket, mark) {

@@ -8,6 +8,7 @@ use crate::{
         Shared,
         udp::{self, Key, PortId, Ports, Sessions},
     },
+    reactor::{Async, LocalExecutor, Task, Timer},
     shared::{Bell, Reader, Writer},
     sys,
     table::{
@@ -21,7 +22,6 @@ use futures_lite::{
     AsyncRead, AsyncWrite,
     future::{or, poll_fn, yield_now},
 };
-use smol::{Async, LocalExecutor, Task, Timer};
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,

@@ -3,11 +3,11 @@
 use crate::{
     config::TunnelConfig,
     netlink::{self, Monitor},
+    reactor::{Async, Timer},
     sys,
     tunnel::survey::{Survey, Uplink},
 };
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
-use smol::{Async, Timer};
 use std::{
     cell::Cell,
     io,

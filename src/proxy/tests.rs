@@ -1,5 +1,5 @@
 use super::*;
-use futures_lite::future::block_on;
+use crate::reactor::block_on;
 use std::io::{Read, Write};
 
 #[test]

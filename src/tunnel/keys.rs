@@ -1,5 +1,5 @@
-//! Key derivation and QUIC packet protection: HKDF-SHA-256, ChaCha20-Poly1305 and its header protection
-//! (RFC 9001 sections 5.3 and 5.4.4), all by ring.
+//! Key derivation and QUIC packet protection: HKDF-SHA-256, ChaCha20-Poly1305 or AES-128-GCM, and their header
+//! protection (RFC 9001 sections 5.3 and 5.4), all by ring.
 
 use bytes::BytesMut;
 use quinn_proto::{
@@ -7,7 +7,7 @@ use quinn_proto::{
     crypto::{self, CryptoError, KeyPair, Keys},
 };
 use ring::{
-    aead::{self, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey},
+    aead::{self, AES_128_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey},
     error::Unspecified,
     hkdf::{self, HKDF_SHA256, KeyType},
     hmac,
@@ -15,8 +15,18 @@ use ring::{
 use zeroize::Zeroize;
 
 pub(super) const KEY_LEN: usize = 32;
-/// Poly1305's tag, RFC 8439 section 2.8.
+/// Poly1305's tag (RFC 8439 section 2.8), and GCM's (RFC 5116 section 5.1).
 pub(super) const TAG_LEN: usize = 16;
+/// Of AES-128.
+const AES_KEY_LEN: usize = 16;
+
+/// What protects packets. Each has keys of its own labels: no key is ever used with both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PacketCipher {
+    ChaCha20,
+    /// Where both ends have instructions for it, a third of the time.
+    Aes128,
+}
 
 /// Key material: wiped when dropped, never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -67,18 +77,22 @@ pub(super) fn extract(salt: &[u8], secret: &[&[u8]], label: &[u8]) -> Key {
     out
 }
 
-/// ChaCha20-Poly1305 under one key.
+/// An AEAD under one key.
 pub(crate) struct Aead(LessSafeKey);
 
 impl Aead {
+    /// ChaCha20-Poly1305.
     pub(crate) fn new(key: &Key) -> Self {
-        // ring refuses a key of another length alone, and a `Key` has 32 bytes.
-        let unbound = UnboundKey::new(&CHACHA20_POLY1305, &key.0);
-        #[allow(clippy::expect_used)]
-        Self(LessSafeKey::new(unbound.expect("a 32-byte key")))
+        Self::with(&CHACHA20_POLY1305, &key.0)
     }
 
-    /// Encrypts in place; gives the tag. Fails only above 256 GiB (RFC 8439 section 2.8).
+    fn with(algorithm: &'static aead::Algorithm, key: &[u8]) -> Self {
+        // ring refuses a key of another length alone, and both callers have the right one.
+        #[allow(clippy::expect_used)]
+        Self(LessSafeKey::new(UnboundKey::new(algorithm, key).expect("a key of the right length")))
+    }
+
+    /// Encrypts in place; gives the tag. Fails only above 256 GiB (RFC 8439 section 2.8), or 64 GiB (GCM).
     pub(crate) fn seal(&self, nonce: [u8; 12], aad: &[u8], body: &mut [u8]) -> Result<[u8; TAG_LEN], CryptoError> {
         let nonce = Nonce::assume_unique_for_key(nonce);
         let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), body).map_err(|_| CryptoError)?;
@@ -102,16 +116,21 @@ fn nonce(iv: &[u8; 12], number: u64) -> [u8; 12] {
 }
 
 struct PacketKey {
+    cipher: PacketCipher,
     aead: Aead,
     iv: [u8; 12],
 }
 
 impl PacketKey {
-    fn new(secret: &Key) -> Self {
+    fn new(cipher: PacketCipher, secret: &Key) -> Self {
         let mut iv = [0; 12];
         let done = expand(&secret.0, &[b"iv"], &mut iv);
         debug_assert!(done.is_ok());
-        Self { aead: Aead::new(&derive(secret, b"key", b"")), iv }
+        let aead = match cipher {
+            PacketCipher::ChaCha20 => Aead::new(&derive(secret, b"key", b"")),
+            PacketCipher::Aes128 => Aead::with(&AES_128_GCM, &derive(secret, b"aes key", b"").0[..AES_KEY_LEN]),
+        };
+        Self { cipher, aead, iv }
     }
 }
 
@@ -136,24 +155,34 @@ impl crypto::PacketKey for PacketKey {
         TAG_LEN
     }
 
-    /// None below 2^62 for ChaCha20-Poly1305 (RFC 9001 section 6.6).
+    /// RFC 9001 section 6.6; quinn changes the keys before. None below 2^62 for ChaCha20-Poly1305.
     fn confidentiality_limit(&self) -> u64 {
-        u64::MAX
+        match self.cipher {
+            PacketCipher::ChaCha20 => u64::MAX,
+            PacketCipher::Aes128 => 1 << 23,
+        }
     }
 
     /// RFC 9001 section 6.6.
     fn integrity_limit(&self) -> u64 {
-        1 << 36
+        match self.cipher {
+            PacketCipher::ChaCha20 => 1 << 36,
+            PacketCipher::Aes128 => 1 << 52,
+        }
     }
 }
 
 struct HeaderKey(aead::quic::HeaderProtectionKey);
 
 impl HeaderKey {
-    fn new(secret: &Key) -> Self {
-        let key = aead::quic::HeaderProtectionKey::new(&aead::quic::CHACHA20, &derive(secret, b"hp", b"").0);
+    fn new(cipher: PacketCipher, secret: &Key) -> Self {
+        let new = aead::quic::HeaderProtectionKey::new;
+        let key = match cipher {
+            PacketCipher::ChaCha20 => new(&aead::quic::CHACHA20, &derive(secret, b"hp", b"").0),
+            PacketCipher::Aes128 => new(&aead::quic::AES_128, &derive(secret, b"aes hp", b"").0[..AES_KEY_LEN]),
+        };
         #[allow(clippy::expect_used)]
-        Self(key.expect("a 32-byte key"))
+        Self(key.expect("a key of the right length"))
     }
 
     /// The low bits of the first byte that are protected: 4 of a long header, 5 of a short one.
@@ -184,14 +213,15 @@ impl crypto::HeaderKey for HeaderKey {
     }
 }
 
-pub(super) fn packet_pair(local: &Key, remote: &Key) -> KeyPair<Box<dyn crypto::PacketKey>> {
-    KeyPair { local: Box::new(PacketKey::new(local)), remote: Box::new(PacketKey::new(remote)) }
+pub(super) fn packet_pair(cipher: PacketCipher, local: &Key, remote: &Key) -> KeyPair<Box<dyn crypto::PacketKey>> {
+    KeyPair { local: Box::new(PacketKey::new(cipher, local)), remote: Box::new(PacketKey::new(cipher, remote)) }
 }
 
-pub(super) fn keys(local: &Key, remote: &Key) -> Keys {
+pub(super) fn keys(cipher: PacketCipher, local: &Key, remote: &Key) -> Keys {
+    let header = |secret| Box::new(HeaderKey::new(cipher, secret));
     Keys {
-        header: KeyPair { local: Box::new(HeaderKey::new(local)), remote: Box::new(HeaderKey::new(remote)) },
-        packet: packet_pair(local, remote),
+        header: KeyPair { local: header(local), remote: header(remote) },
+        packet: packet_pair(cipher, local, remote),
     }
 }
 
@@ -201,8 +231,8 @@ pub(super) fn initial_keys(responder: &[u8; KEY_LEN], psk: &Key, dcid: &Connecti
     let root = extract(responder, &[&psk.0, dcid], b"weft initial");
     let (client, server) = (derive(&root, b"client in", b""), derive(&root, b"server in", b""));
     match side {
-        Side::Client => keys(&client, &server),
-        Side::Server => keys(&server, &client),
+        Side::Client => keys(PacketCipher::ChaCha20, &client, &server),
+        Side::Server => keys(PacketCipher::ChaCha20, &server, &client),
     }
 }
 
@@ -297,8 +327,9 @@ mod tests {
 
     #[test]
     fn header_protection_is_its_own_inverse() {
-        let keys = keys(&Key([1; 32]), &Key([1; 32]));
-        for first in [0xc0, 0xc3, 0x41, 0x43] {
+        use PacketCipher::{Aes128, ChaCha20};
+        for (cipher, first) in [(ChaCha20, 0xc0), (ChaCha20, 0x43), (Aes128, 0xc3), (Aes128, 0x41)] {
+            let keys = keys(cipher, &Key([1; 32]), &Key([1; 32]));
             let mut packet = vec![first; 64];
             keys.header.local.encrypt(9, &mut packet);
             assert_ne!(packet, vec![first; 64]);
@@ -307,14 +338,18 @@ mod tests {
         }
     }
 
-    /// RFC 9001 appendix A.5: the only ChaCha20 vector of QUIC.
+    /// RFC 9001 appendix A.5, the only ChaCha20 vector of QUIC, and A.2.
     #[test]
-    fn header_mask_of_rfc_9001() {
-        let hp = crate::encoding::HEXLOWER
-            .decode(b"25a282b9e82f06f21f488917a4fc8f1b73573685608597d0efcb076b0ab7a7a4")
-            .unwrap();
-        let key = aead::quic::HeaderProtectionKey::new(&aead::quic::CHACHA20, &hp).unwrap();
-        let sample = crate::encoding::HEXLOWER.decode(b"5e5cd55c41f69080575d7999c25a5bfb").unwrap();
-        assert_eq!(key.new_mask(&sample).unwrap(), [0xae, 0xfe, 0xfe, 0x7d, 0x03]);
+    fn header_masks_of_rfc_9001() {
+        let hex = |text: &[u8]| crate::encoding::HEXLOWER.decode(text).unwrap();
+        let mask = |algorithm, key: &[u8], sample: &[u8]| {
+            aead::quic::HeaderProtectionKey::new(algorithm, &hex(key)).unwrap().new_mask(&hex(sample)).unwrap()
+        };
+        let chacha20 = b"25a282b9e82f06f21f488917a4fc8f1b73573685608597d0efcb076b0ab7a7a4";
+        let got = mask(&aead::quic::CHACHA20, chacha20, b"5e5cd55c41f69080575d7999c25a5bfb");
+        assert_eq!(got, [0xae, 0xfe, 0xfe, 0x7d, 0x03]);
+        let aes = b"9f50449e04a0e810283a1e9933adedd2";
+        let got = mask(&aead::quic::AES_128, aes, b"d1b1c98dd7689fb8ec11d242b123dc9b");
+        assert_eq!(got, [0x43, 0x7b, 0x9a, 0xec, 0x36]);
     }
 }

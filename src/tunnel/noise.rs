@@ -6,13 +6,14 @@
 //! ```
 //! quinn-proto needs one packet in the Handshake space from each side: the two Finished are it, and they
 //! confirm the keys, which stops replay and key-compromise impersonation. The handshake hash is public and
-//! only ever context, never a key.
+//! only ever context, never a key. 1-RTT packets are AES's where both Hellos say that their machines have
+//! instructions for it, and ChaCha20's else.
 
 use super::{
     frame::Cursor,
     gate::varint,
     identity::{CaPublic, Certificate},
-    keys::{KEY_LEN, Key, TAG_LEN, derive, expand, initial_keys, keys, mac, packet_pair},
+    keys::{KEY_LEN, Key, PacketCipher, TAG_LEN, derive, expand, initial_keys, keys, mac, packet_pair},
     suite,
 };
 use quinn_proto::{
@@ -35,6 +36,8 @@ const PROLOGUE: &[u8] = b"weft nquic 1";
 const VERSION: u32 = 0x7765_6600;
 /// A handshake message: about 100 bytes of Noise, 100 of transport parameters and a certificate.
 const MESSAGE_MAX: usize = 2048;
+/// In a Hello's first byte, beside the purpose: the sender has AES in hardware.
+const HAS_AES: u8 = 0x80;
 
 /// TLS alert numbers (RFC 8446 section 6), which QUIC carries as error codes.
 mod alert {
@@ -70,16 +73,18 @@ pub enum Purpose {
 struct Hello {
     parameters: Vec<u8>,
     purpose: Purpose,
+    has_aes: bool,
     certificate: Vec<u8>,
 }
 
 impl Hello {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(3 + self.parameters.len() + self.certificate.len());
-        out.push(match self.purpose {
+        let purpose = match self.purpose {
             Purpose::Peer => 0,
             Purpose::Register => 1,
-        });
+        };
+        out.push(if self.has_aes { purpose | HAS_AES } else { purpose });
         // quinn's transport parameters are far below 64 KiB; MESSAGE_MAX holds for the whole.
         out.extend_from_slice(&u16::try_from(self.parameters.len()).unwrap_or(u16::MAX).to_be_bytes());
         out.extend_from_slice(&self.parameters);
@@ -91,12 +96,13 @@ impl Hello {
         let (purpose, rest) = bytes.split_first()?;
         let (len, rest) = rest.split_first_chunk::<2>()?;
         let (parameters, certificate) = rest.split_at_checked(u16::from_be_bytes(*len).into())?;
-        let purpose = match purpose {
+        let has_aes = purpose & HAS_AES != 0;
+        let purpose = match purpose & !HAS_AES {
             0 => Purpose::Peer,
             1 => Purpose::Register,
             _ => return None,
         };
-        Some(Self { parameters: parameters.to_vec(), purpose, certificate: certificate.to_vec() })
+        Some(Self { parameters: parameters.to_vec(), purpose, has_aes, certificate: certificate.to_vec() })
     }
 }
 
@@ -122,6 +128,8 @@ pub struct Local {
     /// A seed makes the ephemeral keys predictable: for simulations alone.
     pub entropy: Option<Mutex<fastrand::Rng>>,
     pub is_relay: bool,
+    /// This machine has instructions for AES and GCM.
+    pub has_aes: bool,
 }
 
 impl Local {
@@ -259,6 +267,8 @@ struct Session {
     peer: Option<PeerIdentity>,
     inbox: Vec<u8>,
     secrets: Option<Box<Secrets>>,
+    /// Of 1-RTT packets.
+    cipher: PacketCipher,
     confirmed: bool,
 }
 
@@ -296,6 +306,7 @@ impl Session {
             peer: None,
             inbox: Vec::new(),
             secrets: None,
+            cipher: PacketCipher::ChaCha20,
             confirmed: false,
         }
     }
@@ -316,8 +327,8 @@ impl Session {
             Role::Client(dial) => dial.purpose,
             Role::Server(_) => Purpose::Peer,
         };
-        let certificate = self.local().certificate.clone();
-        let hello = Hello { parameters: std::mem::take(&mut self.parameters), purpose, certificate }.encode();
+        let (certificate, has_aes) = (self.local().certificate.clone(), self.local().has_aes);
+        let hello = Hello { parameters: std::mem::take(&mut self.parameters), purpose, has_aes, certificate }.encode();
         let mut message = vec![0; hello.len() + 2 * KEY_LEN + 3 * TAG_LEN];
         // Fails only on a message over 65,535 bytes or out of turn; an empty flight then times out.
         let Some(Ok(len)) = self.noise.as_mut().map(|n| n.write_message(&hello, &mut message)) else { return };
@@ -346,6 +357,9 @@ impl Session {
             }
             Role::Client(_) | Role::Server(_) => {}
         }
+        if hello.has_aes && self.local().has_aes {
+            self.cipher = PacketCipher::Aes128;
+        }
         self.peer = Some(PeerIdentity { certificate, purpose: hello.purpose });
         self.peer_parameters = Some(hello.parameters);
         Ok(())
@@ -370,7 +384,8 @@ impl Session {
     }
 
     fn handshake_keys(&self) -> Option<Keys> {
-        self.secrets.as_ref().map(|s| keys(&s.handshake_local, &s.handshake_remote))
+        let keys = |s: &Secrets| keys(PacketCipher::ChaCha20, &s.handshake_local, &s.handshake_remote);
+        self.secrets.as_deref().map(keys)
     }
 
     fn read_message(&mut self, message: &[u8]) -> Result<bool, TransportError> {
@@ -481,7 +496,7 @@ impl crypto::Session for Session {
                 out.extend_from_slice(&[0, 32]);
                 out.extend_from_slice(&mac(&secrets.finished_local, &[b"finished"]));
                 self.step = Step::Done;
-                Some(keys(&secrets.local, &secrets.remote))
+                Some(keys(self.cipher, &secrets.local, &secrets.remote))
             }
             (_, Step::Start | Step::First | Step::Second | Step::Finish | Step::Done) => None,
         }
@@ -491,7 +506,7 @@ impl crypto::Session for Session {
         let secrets = self.secrets.as_mut()?;
         secrets.local = derive(&secrets.local, b"ku", b"");
         secrets.remote = derive(&secrets.remote, b"ku", b"");
-        Some(packet_pair(&secrets.local, &secrets.remote))
+        Some(packet_pair(self.cipher, &secrets.local, &secrets.remote))
     }
 
     fn is_valid_retry(&self, original: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {

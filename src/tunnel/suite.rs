@@ -80,3 +80,13 @@ impl Hash for Sha256 {
         out[..SHA256_OUTPUT_LEN].copy_from_slice(digest.as_ref());
     }
 }
+
+/// Whether this machine has instructions for AES and for GCM's multiplication: without them both are slow.
+pub(crate) fn has_aes() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("aes") && std::arch::is_x86_feature_detected!("pclmulqdq");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("aes") && std::arch::is_aarch64_feature_detected!("pmull");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    false
+}

@@ -8,7 +8,7 @@ use super::{
     disco::{DiscoKeys, Mapping, Message},
     frame::TagKey,
     identity::{Authority, CaPublic, Certificate, KeyPair, Request, Roles, Secret},
-    keys::{Key, derive, extract, initial_keys, keys, mac},
+    keys::{Key, PacketCipher, derive, extract, initial_keys, keys, mac},
     noise::{Dial, Local, Purpose, Respond, version},
     open::{encode, encode_answer},
     stream::Refusal,
@@ -17,7 +17,7 @@ use crate::encoding::HEXLOWER;
 use crate::table::model::{Protocol, ServiceId};
 use quinn_proto::{
     ConnectionId, Side,
-    crypto::{ClientConfig, ServerConfig, Session},
+    crypto::{ClientConfig, Keys, ServerConfig, Session},
     transport_parameters::TransportParameters,
 };
 use std::sync::{Arc, Mutex, atomic::AtomicU32};
@@ -47,7 +47,7 @@ fn identity(name: &str, private: u8) -> (KeyPair, Certificate) {
     (pair, authority().issue(request).unwrap())
 }
 
-fn local(name: &str, private: u8, ca: CaPublic) -> Arc<Local> {
+fn local(name: &str, private: u8, ca: CaPublic, has_aes: bool) -> Arc<Local> {
     let (pair, certificate) = identity(name, private);
     Arc::new(Local {
         secret: Key([private; 32]),
@@ -58,6 +58,7 @@ fn local(name: &str, private: u8, ca: CaPublic) -> Arc<Local> {
         unix: Arc::new(AtomicU32::new(NOW)),
         entropy: Some(Mutex::new(fastrand::Rng::with_seed(u64::from(private)))),
         is_relay: true,
+        has_aes,
     })
 }
 
@@ -66,8 +67,12 @@ fn parameters(side: Side) -> TransportParameters {
 }
 
 fn pair(purpose: Purpose) -> [Box<dyn Session>; 2] {
+    pair_with(purpose, [false, false])
+}
+
+fn pair_with(purpose: Purpose, [near, far]: [bool; 2]) -> [Box<dyn Session>; 2] {
     let ca = authority().public();
-    let (near, far) = (local("a", 21, ca), local("b", 22, ca));
+    let (near, far) = (local("a", 21, ca, near), local("b", 22, ca, far));
     let dial = Dial { peer: far.public, local: near, name: "b".into(), purpose };
     let client = Arc::new(dial).start_session(version(3), "weft", &parameters(Side::Server)).unwrap();
     [client, Arc::new(Respond(far)).start_session(version(3), &parameters(Side::Client))]
@@ -75,22 +80,31 @@ fn pair(purpose: Purpose) -> [Box<dyn Session>; 2] {
 
 /// The four messages of a handshake, each read by `feed`; the sessions after it.
 fn handshake(purpose: Purpose, feed: impl Fn(usize, &mut dyn Session, &[u8])) -> ([Box<dyn Session>; 2], [Vec<u8>; 4]) {
-    let [mut client, mut server] = pair(purpose);
+    let (sessions, messages, _) = handshake_of(pair(purpose), feed);
+    (sessions, messages)
+}
+
+/// And the keys of its 1-RTT packets, the client's first.
+#[allow(clippy::type_complexity)]
+fn handshake_of(
+    [mut client, mut server]: [Box<dyn Session>; 2],
+    feed: impl Fn(usize, &mut dyn Session, &[u8]),
+) -> ([Box<dyn Session>; 2], [Vec<u8>; 4], [Keys; 2]) {
     let mut messages: [Vec<u8>; 4] = Default::default();
     assert!(client.write_handshake(&mut messages[0]).is_none());
     feed(0, &mut *server, &messages[0]);
     assert!(server.write_handshake(&mut messages[1]).is_some(), "keys of the Handshake space");
-    assert!(server.write_handshake(&mut messages[2]).is_some(), "1-RTT keys");
+    let servers = server.write_handshake(&mut messages[2]).expect("1-RTT keys");
     feed(1, &mut *client, &messages[1]);
     let mut none = Vec::new();
     assert!(client.write_handshake(&mut none).is_some() && none.is_empty());
     feed(2, &mut *client, &messages[2]);
-    assert!(client.write_handshake(&mut messages[3]).is_some());
+    let clients = client.write_handshake(&mut messages[3]).expect("1-RTT keys");
     feed(3, &mut *server, &messages[3]);
     for session in [&client, &server] {
         assert!(!session.is_handshaking() && session.peer_identity().is_some());
     }
-    ([client, server], messages)
+    ([client, server], messages, [clients, servers])
 }
 
 #[test]
@@ -164,6 +178,29 @@ fn handshake_messages_and_what_follows_from_them() {
 }
 
 #[test]
+fn packets_are_of_aes_where_both_ends_have_it() {
+    let whole = |_: usize, s: &mut dyn Session, m: &[u8]| {
+        s.read_handshake(m).unwrap();
+    };
+    for both in [[false, false], [true, false], [false, true], [true, true]] {
+        let (mut sessions, _, [client, server]) = handshake_of(pair_with(Purpose::Peer, both), whole);
+        let update = |s: &mut Box<dyn Session>| s.next_1rtt_keys().unwrap();
+        let [next_client, next_server] = sessions.each_mut().map(update);
+        for (from, to) in [(&client.packet, &server.packet), (&next_client, &next_server)] {
+            let is_aes = both == [true, true];
+            assert_eq!(
+                [from.local.confidentiality_limit() == 1 << 23, to.remote.integrity_limit() == 1 << 52],
+                [is_aes; 2]
+            );
+            let mut packet = vec![0x43; 29];
+            from.local.encrypt(7, &mut packet, 13);
+            let mut body = packet[13..].into();
+            to.remote.decrypt(7, &packet[..13], &mut body).unwrap();
+        }
+    }
+}
+
+#[test]
 fn keys_and_packets() {
     let (root, dcid) = (Key([7; 32]), ConnectionId::new(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]));
     is(&derive(&root, b"label", b"context").0, "9595ae0e61de149c8cfb85e9edcac9ac870d943d6cece5a6add565bb82f77f8e");
@@ -175,7 +212,8 @@ fn keys_and_packets() {
     is(&hint(&[5; 32]), "ebb0adec");
     is(&CidKey::new(&root).seal(0x0102_0304, 0x0506_0708), "05060708d3706c5ad8695b2d");
     let initial = initial_keys(&[5; 32], &Key([9; 32]), &dcid, Side::Client);
-    let one_rtt = keys(&Key([1; 32]), &Key([2; 32]));
+    let one_rtt = keys(PacketCipher::ChaCha20, &Key([1; 32]), &Key([2; 32]));
+    let aes = keys(PacketCipher::Aes128, &Key([1; 32]), &Key([2; 32]));
     for (keys, first, hex) in [
         (
             initial,
@@ -189,6 +227,7 @@ fn keys_and_packets() {
             "\
         4a43434343434343430b499ae333cf95389c220c58d8d9cb5a71ef5dcca38fddbce9f52c78",
         ),
+        (aes, 0x43, "5b4343434343434343b158fae777a5cd8960cd2dc8b4d7c50cf55a29dddeebcaa3f6de82e6"),
     ] {
         let mut packet = vec![first; 9];
         packet.extend_from_slice(&[0, 0, 1, 44]);
@@ -198,7 +237,7 @@ fn keys_and_packets() {
         keys.header.local.encrypt(9, &mut packet);
         is(&packet, hex);
     }
-    let server = Respond(local("b", 22, authority().public()));
+    let server = Respond(local("b", 22, authority().public(), false));
     is(&server.retry_tag(version(3), &dcid, b"a Retry without its tag"), "268db2942ad7b8f64d53756594133f04");
 }
 

@@ -11,7 +11,6 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic)]
 
 use futures_lite::future::{or, yield_now};
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::Cell,
     collections::BTreeSet,
@@ -23,6 +22,7 @@ use std::{
 use weft::{
     config::{Congestion, Profile},
     metrics::TunnelCounters,
+    reactor::{Async, LocalExecutor, Timer},
     table::model::{Protocol, ServiceId},
     tunnel::{
         Key, Open, Progress, RelaySpec, Remembered,
@@ -95,6 +95,7 @@ impl Runner {
             unix: Arc::new(AtomicU32::new(u32::try_from(unix()).unwrap())),
             entropy: None,
             is_relay: bundle.certificate.roles.contains(Roles::RELAY),
+            has_aes: false,
         };
         let address = |r: &weft::tunnel::identity::BundleRelay| format!("{}:{}", r.at.host, r.at.port).parse().unwrap();
         let specs = bundle.relays.iter().map(|r| RelaySpec {
@@ -249,7 +250,7 @@ fn main() {
     let (executor, tally) = (Rc::new(LocalExecutor::new()), Rc::new(Tally::default()));
     let spawn = |runner: Runner| executor.spawn(runner.run(Rc::clone(&tally))).detach();
     let here = SocketAddr::from(([0; 4], std::env::var("PORT").map_or(0, |p| p.parse().unwrap())));
-    smol::block_on(executor.run(async {
+    weft::reactor::block_on(executor.run(async {
         match words[..] {
             ["frames", folder, own, peer, ref lens @ ..] => {
                 let mut runner = Runner::new(&bundle(own), here);

@@ -69,6 +69,7 @@ impl Cluster {
             unix: Arc::new(AtomicU32::new(NOW)),
             entropy: Some(Mutex::new(rng.fork())),
             is_relay: certificate.roles.contains(Roles::RELAY),
+            has_aes: false,
         };
         let config = NodeConfig {
             local,

@@ -249,7 +249,7 @@ fn an_agent_tells_and_leaves_nothing() {
     let socket = agent.socket.clone();
     let (code, log) = agent.terminate();
     assert_eq!(code, 0, "{log}");
-    assert!(log.contains("Term: leaving"), "{log}");
+    assert!(log.contains("SIGTERM: leaving"), "{log}");
     assert!(!Path::new(&socket).exists());
     let left: Vec<_> = fs::read_dir(Path::new(&socket).parent().unwrap()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");

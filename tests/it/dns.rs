@@ -6,7 +6,6 @@ use crate::dns_world::{
 };
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, future::zip};
 use simple_dns::{Packet, PacketFlag, RCODE, TYPE, rdata::RData};
-use smol::Async;
 use std::{
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     rc::Rc,
@@ -16,6 +15,7 @@ use weft::{
     clock::Clock,
     config::Upstream,
     dns::{Forwarder, Server},
+    reactor::Async,
     table::balance::Here,
 };
 
@@ -77,7 +77,7 @@ fn a_connection_takes_many_queries_in_pieces_and_answers_each() {
         }
         for piece in bytes.chunks(5) {
             stream.write_all(piece).await.unwrap();
-            smol::future::yield_now().await;
+            futures_lite::future::yield_now().await;
         }
         stream.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
         let mut counts = [None; 5];

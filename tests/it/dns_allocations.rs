@@ -5,7 +5,6 @@ use crate::{
     heap,
 };
 use simple_dns::TYPE;
-use smol::Async;
 use std::net::UdpSocket;
 use weft::{
     config::DnsConfig,
@@ -13,6 +12,7 @@ use weft::{
         answer::{Answerer, Outcome, Via},
         zone::Zone,
     },
+    reactor::Async,
 };
 
 const QUERIES: u16 = 200;

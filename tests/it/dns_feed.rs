@@ -58,7 +58,7 @@ impl Files {
         let (new, path) = (self.dir.path().join("new"), self.path());
         fs::write(&new, format!("{{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[{items}]}}")).unwrap();
         fs::rename(new, path).unwrap();
-        smol::block_on(self.driver.look());
+        weft::reactor::block_on(self.driver.look());
         let status = self.driver.sources().list();
         assert!(status.iter().all(|s| s.last_error.is_none()), "{status:?}");
     }

@@ -3,7 +3,6 @@
 use crate::dns_world::{FakeUpstream, addresses, by_tcp, by_udp, config, query, read_framed, run, serve, setup, until};
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _};
 use simple_dns::{Packet, TYPE};
-use smol::Async;
 use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     rc::Rc,
@@ -11,6 +10,7 @@ use std::{
 use weft::{
     config::{DnsConfig, Upstream},
     dns::Server,
+    reactor::Async,
     shared::Writer,
     table::{Table, balance::Here},
 };

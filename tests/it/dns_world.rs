@@ -5,7 +5,6 @@ use simple_dns::{
     CLASS, CharacterString, Name, Packet, QTYPE, Question, RCODE, ResourceRecord, TYPE,
     rdata::{A, AAAA, RData, SOA, TXT},
 };
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     io,
@@ -18,6 +17,7 @@ use weft::{
     config::{DnsConfig, Upstream},
     dns::{Resolver, Server, Setup},
     metrics::DnsCounters,
+    reactor::{Async, LocalExecutor, Timer},
     shared::Writer,
     table::{
         Table,
@@ -41,7 +41,7 @@ pub(crate) fn run<R>(test: impl AsyncFnOnce(Executor) -> R) -> R {
         Timer::after(LONG).await;
         panic!("the test hangs")
     };
-    smol::block_on(tasks.run(test(Rc::clone(&tasks)).or(late)))
+    weft::reactor::block_on(tasks.run(test(Rc::clone(&tasks)).or(late)))
 }
 
 pub(crate) fn config(ip: &str, upstream: Vec<Upstream>) -> DnsConfig {
@@ -199,7 +199,7 @@ impl FakeUpstream {
                     let framed = [&(answer.len() as u16).to_be_bytes()[..], &answer].concat();
                     let (a, b) = framed.split_at(7);
                     stream.write_all(a).await.unwrap();
-                    smol::future::yield_now().await;
+                    futures_lite::future::yield_now().await;
                     stream.write_all(b).await.unwrap();
                 }
             })

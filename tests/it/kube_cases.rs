@@ -267,8 +267,9 @@ rows! {
         w.list_and_watch(1, &[]);
         let large = service("a", 2).replace("\"managedFields\"", &format!("\"annotations\":{{\"x\":\"{}\"}},\"f\"", "é\\n".repeat(400_000)));
         let text = event("ADDED", &large);
+        let chunk = format!("{:x}\r\n{text}\r\n", text.len());
         let (before, mut most) = (heap::held(), 0);
-        for piece in format!("{:x}\r\n{text}\r\n", text.len()).as_bytes().chunks(4096) {
+        for piece in chunk.as_bytes().chunks(4096) {
             w.input(Input::Bytes(piece));
             most = most.max(heap::held() - before);
         }

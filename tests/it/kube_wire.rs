@@ -7,7 +7,6 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
 };
-use smol::{LocalExecutor, Timer};
 use std::{
     fs,
     io::{Read, Write},
@@ -23,6 +22,7 @@ use weft::{
     clock::{BUILT, Clock},
     config::Config,
     kube::resource::Resource,
+    reactor::{LocalExecutor, Timer},
     shared::Writer,
     table::{Table, model::Source},
 };
@@ -130,7 +130,7 @@ fn run(kube: &str, mut done: impl FnMut(&World) -> bool) {
     let api = Api::new(&config.kube, setup);
     let world = World { table, status: api.status(), begun: Instant::now() };
     let executor = LocalExecutor::new();
-    let ended = smol::block_on(executor.run(or(async { Some(api.run().await) }, async {
+    let ended = weft::reactor::block_on(executor.run(or(async { Some(api.run().await) }, async {
         while !done(&world) {
             assert!(since(world.begun) < PATIENCE, "{:?}", world.status.list());
             Timer::after(Duration::from_millis(10)).await;
@@ -413,7 +413,7 @@ rows! {
         run(&format!("api = \"http://{}\"", server.at), |w| {
             let reader = w.table.reader();
             let listener = rings.get_or_insert_with(|| reader.listen());
-            count += usize::from(smol::block_on(futures_lite::future::poll_once(listener.rung())).is_some());
+            count += usize::from(weft::reactor::block_on(futures_lite::future::poll_once(listener.rung())).is_some());
             begun.get_or_insert_with(Instant::now);
             w.table.update(|t| t.service("shop", "web").is_some_and(|s| s.ports[0].number == 5_999))
         });

@@ -66,7 +66,7 @@ impl World {
     }
 
     fn look(&mut self) {
-        smol::block_on(self.manifests.look());
+        weft::reactor::block_on(self.manifests.look());
     }
 
     /// "namespace/name" of all Services.
@@ -348,7 +348,7 @@ fn files_come_change_break_mend_and_go() {
     let directory = Directory::new();
     let mut world = World::new(&[directory.pattern("*.json")]);
     let mut bell = world.table.listen();
-    let mut rung = || smol::block_on(smol::future::poll_once(bell.rung())).is_some();
+    let mut rung = || weft::reactor::block_on(futures_lite::future::poll_once(bell.rung())).is_some();
     world.look();
     assert!(world.table.read(Table::synced), "an empty directory is a fact");
     assert!(rung());

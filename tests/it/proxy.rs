@@ -1,7 +1,6 @@
 //! The proxy without rules: what reaches its listener by another way is closed.
 
 use futures_lite::{AsyncReadExt, future::or};
-use smol::{Async, Timer};
 use std::{
     io::ErrorKind,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
@@ -13,6 +12,7 @@ use weft::{
     config::{Backend, Policy, ProxyConfig},
     metrics::ProxyCounters,
     proxy::Proxy,
+    reactor::{Async, Timer},
     shared::Writer,
     table::{
         Table,
@@ -51,7 +51,7 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         }
         ends
     };
-    let ends = smol::block_on(or(
+    let ends = weft::reactor::block_on(or(
         or(asked, async {
             panic!("the proxy ended: {:?}", proxy.run().await);
         }),

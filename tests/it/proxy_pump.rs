@@ -4,7 +4,6 @@ use futures_lite::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
     future::{or, yield_now},
 };
-use smol::{Async, LocalExecutor, Timer};
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
@@ -18,6 +17,7 @@ use std::{
 };
 use weft::{
     pump::{Pool, sockets, stream},
+    reactor::{Async, LocalExecutor, Timer},
     sys,
 };
 
@@ -113,7 +113,7 @@ fn pair() -> (Async<TcpStream>, Async<TcpStream>) {
 
 /// A hang is a failure, not a pause.
 fn run(ex: &LocalExecutor<'_>, test: impl Future<Output = ()>) {
-    smol::block_on(or(ex.run(test), async {
+    weft::reactor::block_on(or(ex.run(test), async {
         Timer::after(Duration::from_secs(60)).await;
         panic!("it hangs");
     }));
@@ -151,9 +151,9 @@ fn whole_between_sockets(pipes: usize) {
             let (pool, counts) = (pool.clone(), counts.clone());
             async move { sockets(&pool, a, b, &counts.0, &counts.1).await }
         });
-        let served = ex.spawn(answer(smol::net::TcpStream::from(server)));
+        let served = ex.spawn(answer(server));
         let sent = noise(1);
-        let mut back = ask(smol::net::TcpStream::from(client), &sent).await;
+        let mut back = ask(client, &sent).await;
         back.reverse();
         assert!(back == sent);
         served.await;
@@ -177,9 +177,9 @@ fn half_close_comes_through_a_stream_with_a_small_window() {
         let ((b, server), other) = (pair(), pool.clone());
         let up = ex.spawn(async move { stream(&pool, a, near, &Cell::new(0), &Cell::new(0)).await });
         let down = ex.spawn(async move { stream(&other, b, far, &Cell::new(0), &Cell::new(0)).await });
-        let served = ex.spawn(answer(smol::net::TcpStream::from(server)));
+        let served = ex.spawn(answer(server));
         let sent = noise(2);
-        let mut back = ask(smol::net::TcpStream::from(client), &sent).await;
+        let mut back = ask(client, &sent).await;
         back.reverse();
         assert!(back == sent);
         served.await;

@@ -1,8 +1,7 @@
 //! The snapshot on a real disk, by its driver.
 
 use crate::cli::temp_dir;
-use futures_lite::future::{block_on, or};
-use smol::Timer;
+use futures_lite::future::or;
 use std::{
     cell::RefCell,
     fs,
@@ -15,6 +14,7 @@ use std::{
 use weft::{
     clock::{BUILT, Clock},
     disk::{Medium, medium},
+    reactor::{Timer, block_on},
     shared::{Reader, Writer},
     snapshot::{Keeper, Leave, Pace, Setup, Status, find},
     table::{

@@ -4,13 +4,13 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic)]
 
 use futures_lite::{AsyncBufReadExt, StreamExt, io::BufReader};
-use smol::{Async, LocalExecutor};
 use std::{net::SocketAddr, rc::Rc};
 use weft::{
     clock::Clock,
     config::{Backend, Policy, ProxyConfig},
     metrics::ProxyCounters,
     proxy::{Proxy, rules::Ports},
+    reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules},
     shared::Writer,
     sys,
@@ -98,7 +98,7 @@ fn main() {
     log::set_max_level(log::LevelFilter::Info);
     sys::raise_nofile().unwrap();
     let ex = LocalExecutor::new();
-    smol::block_on(ex.run(async {
+    weft::reactor::block_on(ex.run(async {
         let (listen, clock) = ("169.254.96.16".parse().unwrap(), Clock::new(0));
         let cfg = ProxyConfig {
             enable: true,

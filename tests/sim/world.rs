@@ -172,6 +172,7 @@ impl World {
             unix: Arc::new(AtomicU32::new(u32::try_from(NOW).unwrap())),
             entropy: Some(Mutex::new(self.rng.fork())),
             is_relay: certificate.roles.contains(Roles::RELAY),
+            has_aes: pair.public[0].is_multiple_of(2),
         };
         let mut seed = [0; 32];
         self.rng.fill(&mut seed);

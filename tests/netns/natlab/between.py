@@ -1,8 +1,11 @@
 """A TLS server in front of a real API server that hands everything on (with an administrator's rights), and on command
 tells each watch that its version is too old (410): so an agent lists anew, from the real server's bytes, as often as one
 likes. It records events, and plays them again as fast as one likes."""
+import contextlib
 import http.client
 import json
+import select
+import socket
 import threading
 
 EXPIRED = json.dumps({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired",
@@ -66,6 +69,17 @@ class Between:
         except OSError:
             plain.close()
 
+    def _gone(self, sock, upstream):
+        """A client that has closed watches no more, though nothing is written to it that would tell."""
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLRDHUP)
+        poll.poll()
+        with self.lock:
+            self.watches.pop(sock, None)
+        with contextlib.suppress(OSError):
+            if upstream.sock:
+                socket.socket.shutdown(upstream.sock, socket.SHUT_RDWR)
+
     @staticmethod
     def _head(sock):
         head = b""
@@ -84,6 +98,8 @@ class Between:
         self.requests += 1
         lock = threading.Lock()
         sock.sendall(f"HTTP/1.1 {answer.status} x\r\nContent-Type: {answer.headers['Content-Type']}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        if "watch=1" in path:
+            threading.Thread(target=self._gone, args=(sock, upstream), daemon=True).start()
         is_watch, is_whole, tail = "watch=1" in path, "sendInitialEvents" not in path, b""
         if is_watch and is_whole:
             with self.lock:
