@@ -240,11 +240,12 @@ pub fn ensure_device(ip: Ipv4Addr) -> Result<Device> {
 /// Where IPv6 is switched off, above all.
 pub fn set_address6(device: u32, wanted: bool) -> Result<()> {
     let mut socket = Socket::open(Family::Route)?;
-    let (message, already): (fn(u32, u32, IpAddr) -> Vec<u8>, _) = match wanted {
-        true => (link::add_address, ErrorKind::AlreadyExists),
-        false => (link::delete_address, ErrorKind::AddrNotAvailable),
+    let own = ADDRESS6.into();
+    let (message, already) = match wanted {
+        true => (socket.tell(|seq| link::add_address(seq, device, own)), ErrorKind::AlreadyExists),
+        false => (socket.tell(|seq| link::delete_address(seq, device, own)), ErrorKind::AddrNotAvailable),
     };
-    let done = unless(socket.tell(|seq| message(seq, device, ADDRESS6.into())), already);
+    let done = unless(message, already);
     done.map(drop).map_err(|e| cannot("set the IPv6 address of weft0", e))
 }
 

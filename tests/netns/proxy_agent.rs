@@ -127,6 +127,7 @@ fn main() {
         let dns = Async::new(sys::udp_socket(&SocketAddr::new(listen, 0)).unwrap()).unwrap();
         let ports = Ports {
             proxy: Some(proxy.port()),
+            proxy6: proxy.port6(),
             dns: Some((53, dns.get_ref().local_addr().unwrap().port())),
             ..Ports::default()
         };

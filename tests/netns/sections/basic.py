@@ -2,6 +2,7 @@
 import os
 import socket
 import threading
+import time
 
 from natlab import wait_for
 from report import expect
@@ -88,6 +89,14 @@ def rows_a(w, case):
         w.kube.write()
         wait_for(lambda: w.tries(w.ask, "10.96.1.22", timeout=1) == "a", 10, what="it has an address now")
     case(22, "without-address", no_address_yet)
+    def api_server():
+        """Every byte as it came, from everywhere, through hostNetwork."""
+        data = os.urandom(300_000)
+        for node in w.clients().values():
+            with node.tcp("10.96.1.23", 443) as s:
+                threading.Thread(target=lambda s=s: (s.sendall(data), s.shutdown(socket.SHUT_WR)), daemon=True).start()
+                expect(read_all(s) == data, "other bytes")
+    case(23, "the-service-of-the-api-server", api_server)
     case(24, "host-network", lambda: eq({w.ask("10.96.1.24", 9000, n) for n in w.clients().values()}, {"host"}))
 
     def large():
@@ -112,4 +121,18 @@ def rows_a(w, case):
             s.sendall(b"all")
             s.shutdown(socket.SHUT_WR)
             eq(read_all(s), b"all")
+
+    def idle():
+        """A silent connection is not cut, and probed towards both sides."""
+        with w.one.client.tcp("10.96.1.25", 7000) as s:
+            s.sendall(b"one ")
+            time.sleep(6)
+            timers = [line for line in w.one.gateway.run("ss", "-tnoH", "state", "established").splitlines()
+                      if w.one.client.address in line or f"{w.one.web.address}:7000" in line]
+            expect(len(timers) >= 2 and all("timer:(keepalive," in line for line in timers), timers)
+            s.sendall(b"two")
+            s.shutdown(socket.SHUT_WR)
+            eq(read_all(s), b"one two")
+        return f"{len(timers)} sockets with keepalive"
+    case(27, "idle", idle)
     case(26, "half-close", half_close)

@@ -97,6 +97,11 @@ def rows_b(w, case):
         changed("r28", "10.96.2.28", web, slices=[(web, [w.a]), (web, [w.b])])
         return loop(lambda: changed("r28", "10.96.2.28", web, [w.a]), "10.96.2.28")
     case(37, "new-slice-first", order)
+    def ready(a, b):
+        changed("r51", "10.96.1.51", web, [(*w.a, {"ready": a}), (*w.b, {"ready": b})])
+    ready(True, False)
+    serves("10.96.1.51")
+    case(51, "readiness-flips", lambda: loop(lambda: ready(False, True), "10.96.1.51"))
     case(38, "endpoints-object", lambda: expect(w.ask("10.96.1.38") == "a", "no"))
 
     def restart():

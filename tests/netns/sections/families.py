@@ -95,8 +95,7 @@ def rows_6(w, case):
             w.agent.start()
             wait_for(lambda: w.tries(w.ask, "10.96.1.82", timeout=1) == "a", 10, what="IPv4 works")
             eq(w.datagram("10.96.1.82"), b"a:ping")
-            said = w.agent.say("status")
-            expect("IPv6" in said, said)
+            wait_for(lambda: "no IPv6 here" in w.agent.say("status"), 5, what=lambda: f"it is said; {w.agent.say('status')}")
         finally:
             set_off(0)
             gateway.ip(f"addr add {w.six[gateway.name]}/64 dev lan")

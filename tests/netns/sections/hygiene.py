@@ -1,6 +1,7 @@
 """F: labels, families, hygiene."""
 from natlab import wait_for
 from report import expect
+from stage import refused
 
 from .world import eq, ports, seen
 
@@ -28,6 +29,7 @@ def rows_f(w, case):
     case(84, "fqdn-slices", lambda: eq(set(seen(w, "10.96.1.84", 6)), {"a"}))
     case(85, "slices-of-another-family", lambda: eq(set(seen(w, "10.96.1.84", 6)), {"a"}))
     case(86, "bad-addresses", lambda: eq(set(seen(w, "10.96.1.86", 6)), {"a"}))
+    case(87, "a-port-without-number", lambda: eq((set(seen(w, "10.96.1.87", 6)), refused(w.one.client, "10.96.2.87") < 1), ({"a"}, True)))
     case(96, "another-service-range", lambda: eq(w.ask("172.30.0.96"), "a"))
 
     def drop():

@@ -168,6 +168,10 @@ def setup(w):
     kube.service("r21", "None", web, [a])
     kube.items["r21"][0]["spec"]["clusterIPs"] = ["None"]
     kube.service("r22", "", web, [a])
+    kube.service("r23", "10.96.1.23", ports("443/TCP:6443"), [host])
+    w.api = servers.Service(w.one.gateway, 6443, servers.echo_at_end)
+    kube.service("r87", "10.96.1.87", web, slices=[([{"name": "", "target": None, "protocol": "TCP"}], [b]), (web, [a])])
+    kube.service("r87b", "10.96.2.87", web, slices=[([{"name": "", "target": None, "protocol": "TCP"}], [b])])
     kube.service("r24", "10.96.1.24", ports("9000/TCP:9000"), [host])
     kube.service("r25", "10.96.1.25", ports("7000/TCP:7000:t", "53/UDP:5300:u"), [a])
     kube.service("r29", "10.96.1.29", ports("7000/TCP:7000"), [a])
