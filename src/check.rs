@@ -144,7 +144,7 @@ impl Here<'_> {
         let called_us = name.as_deref().unwrap_or_default();
         let mut asked = yaml.as_ref().map_or_else(Asked::default, |y| trial::meta_server(y, config, called_us));
         let api = config.kube.follows().then(|| trial::api(config, called_us));
-        asked.node = asked.node.or(api.as_ref().and_then(|a| a.node));
+        asked.node = asked.node.or_else(|| api.as_ref().and_then(|a| a.node));
         let called = yaml.as_ref().and_then(|y| node::value(y, &["modules", "edged", "hostnameOverride"]).pop());
         self.say(node::name(name.as_deref().map_err(Clone::clone), called.as_deref(), asked.node));
         if let Some(yaml) = &yaml {
