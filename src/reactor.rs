@@ -393,7 +393,7 @@ mod tests {
         };
         block_on(async {
             let dropped = wait(1);
-            zip(zip(wait(30_000), wait(700)), zip(wait(12_000), wait(90))).await;
+            zip(zip(wait(90), wait(700)), zip(wait(12_000), wait(30_000))).await;
             assert!(poll_once(Timer::after(Duration::MAX)).await.is_none());
             drop(dropped);
         });
