@@ -4,7 +4,8 @@
 //!
 //! One process, one thread, one event loop. **A file inside a folder under `src/` never does IO; only
 //! files at the top of `src/` may.** The folders hold pure cores: `now`, randomness and bytes come in,
-//! bytes and events come out. The files at the top drive them.
+//! bytes and events come out. The files at the top drive them. `reactor` is the loop, `sockets` are the descriptors in it;
+//! it is our own, since async-io's takes turns with a thread of its own at epoll(7), each turn a futex and two switches.
 //!
 //! ```text
 //!  [[service]] ─┐                       ┌─► dns    ── answers, or asks the upstreams

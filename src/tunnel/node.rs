@@ -376,6 +376,9 @@ impl Node {
                 }
             }
         }
+        // A probe that was lost is followed by one twice as late, up to most of a minute.
+        let unanswered = |s: &Slot| s.asked && !s.lost && s.peer.is_some() && !s.stranded && now >= s.alive + SWEEP;
+        self.slots.iter_mut().filter(|(_, s)| unanswered(s)).for_each(|(_, s)| s.demand(now));
         let idle = |s: &Slot| s.streams.is_empty() && s.peer.is_some() && now >= s.idle_since + IDLE_CLOSE;
         let idle: Vec<u32> = self.slots.iter().filter(|(_, s)| idle(s)).map(|(i, _)| i).collect();
         for index in idle {

@@ -66,6 +66,8 @@ pub(super) struct Slot {
     pub(super) alive: Instant,
     /// Nothing has come since, though something was to be acknowledged.
     pub(super) cut_off: bool,
+    /// We want to know whether anybody is there, and nothing has come since.
+    pub(super) asked: bool,
     /// It is not known yet by what we would recognize that the peer was restarted.
     unguarded: bool,
     /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
@@ -104,6 +106,7 @@ impl Slot {
             born: now,
             alive: now,
             cut_off: false,
+            asked: false,
             stranded: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
@@ -137,7 +140,7 @@ impl Slot {
 
     /// A datagram for this connection. It alone proves nothing: it may be a copy of an old one.
     pub(super) fn deliver(&mut self, now: Instant, event: ConnectionEvent) {
-        let due = now >= self.alive + PULSE;
+        let due = self.asked || now >= self.alive + PULSE;
         let opened = |conn: &Connection| {
             let frames = conn.stats().frame_rx;
             frames.acks + frames.stream + frames.ping
@@ -156,7 +159,7 @@ impl Slot {
             self.conn.path_changed(now);
         }
         if before.is_some_and(|before| opened(&self.conn) > before) {
-            self.alive = now;
+            (self.alive, self.asked) = (now, false);
             if std::mem::take(&mut self.cut_off) && !self.lost {
                 self.revive(now);
             }
@@ -187,6 +190,7 @@ impl Slot {
         if self.cut_off && !self.lost {
             self.revive(now);
         }
+        self.asked = true;
         self.conn.ping();
         if std::mem::take(&mut self.stranded) {
             self.conn.handle_timeout(now); // its timers stood still: a probe is due
@@ -200,6 +204,7 @@ impl Slot {
             self.windows.path_changed();
             self.conn.path_changed(now);
         }
+        self.asked = true;
         self.conn.ping();
     }
 
