@@ -21,7 +21,7 @@ const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
 /// Of a connection without a sign of life for so long, or for some round trips, probes come as seldom.
-const SILENCE: Duration = Duration::from_secs(1);
+const SILENCE: Duration = Duration::from_secs(2);
 const SILENCE_RTTS: u32 = 6;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
