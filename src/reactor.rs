@@ -273,6 +273,8 @@ impl Reactor {
         if self.set.replace(Some(at)) != Some(at) {
             let once = Itimerspec { it_interval: Timespec::default(), it_value: rest };
             if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_err() {
+                // Nor will it ring the next time: as on 32-bit kernels before 5.1, and under qemu's emulation of them.
+                self.set.set(None);
                 return Some(rest);
             }
         }
