@@ -270,13 +270,14 @@ impl Reactor {
         if rest >= Timespec::try_from(NEAR).unwrap_or_default() || rest == Timespec::default() {
             return Some(rest);
         }
-        if self.set.replace(Some(at)) != Some(at) {
+        if self.set.get() != Some(at) {
             let once = Itimerspec { it_interval: Timespec::default(), it_value: rest };
             if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_err() {
                 // Nor will it ring the next time: as on 32-bit kernels before 5.1, and under qemu's emulation of them.
                 self.set.set(None);
                 return Some(rest);
             }
+            self.set.set(Some(at));
         }
         None
     }
