@@ -244,6 +244,10 @@ impl Reactor {
         self.alarm.sleeps.store(false, Ordering::SeqCst);
         let mut woken = Vec::new();
         for event in &events[..taken.unwrap_or(0)] {
+            if event.data.u64() == OWN {
+                // Where the timer rang early, as it does under qemu's emulation of MIPS, it is to be set again.
+                self.set.set(None);
+            }
             let key = usize::try_from(event.data.u64()).unwrap_or(usize::MAX);
             let entry = self.entries.borrow().get(key).and_then(Weak::upgrade);
             if let Some(entry) = entry {
