@@ -20,9 +20,8 @@ pub(super) const LIVE_MAX: usize = 256;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
-/// Of a connection without a sign of life for so long, or for some round trips, probes come as seldom.
+/// Of a connection without a sign of life for so long, probes come as seldom.
 const SILENCE: Duration = Duration::from_secs(2);
-const SILENCE_RTTS: u32 = 6;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -132,7 +131,7 @@ impl Slot {
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.stranded || now >= self.alive + IDLE {
             // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
-            let late = now >= self.alive + SILENCE.max(self.conn.rtt() * SILENCE_RTTS);
+            let late = now >= self.alive + SILENCE;
             self.cut_off |= late && self.conn.poll_timeout().is_some_and(|at| at <= now);
             self.conn.handle_timeout(now);
         }
