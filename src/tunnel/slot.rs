@@ -20,8 +20,11 @@ pub(super) const LIVE_MAX: usize = 256;
 const RECENT_MAX: usize = 32;
 /// Between looks at whether a connection's packets open.
 const PULSE: Duration = Duration::from_secs(1);
-/// Of a connection without a sign of life for so long, probes come as seldom.
+/// Of a connection without a sign of life for some round trips, within these bounds, probes come as seldom. What is begun
+/// anew while a relay is given up, which takes up to two seconds, waits for longer than what is let be.
 const SILENCE: Duration = Duration::from_secs(2);
+const SILENCE_MOST: Duration = Duration::from_secs(4);
+const SILENCE_RTTS: u32 = 6;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -131,7 +134,7 @@ impl Slot {
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.stranded || now >= self.alive + IDLE {
             // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
-            let late = now >= self.alive + SILENCE;
+            let late = now >= self.alive + (self.conn.rtt() * SILENCE_RTTS).clamp(SILENCE, SILENCE_MOST);
             self.cut_off |= late && self.conn.poll_timeout().is_some_and(|at| at <= now);
             self.conn.handle_timeout(now);
         }
