@@ -268,8 +268,8 @@ impl Reactor {
     fn until_timer(&self) -> Option<Timespec> {
         let (at, _) = *self.timers.borrow().first_key_value()?.0;
         let rest = at.saturating_duration_since(Instant::now());
-        // 68 years, and what fits the kernel's type on every machine.
-        let rest = rest.min(Duration::from_secs(i32::MAX as u64));
+        // epoll_wait(2) takes an int of milliseconds, 24 days.
+        let rest = rest.min(Duration::from_millis(i32::MAX as u64));
         let rest = Timespec::try_from(rest).unwrap_or_default();
         let near = rest < Timespec::try_from(NEAR).unwrap_or_default() && rest != Timespec::default();
         if near && self.set.get() != Some(at) {
