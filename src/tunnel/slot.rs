@@ -156,7 +156,8 @@ impl Slot {
             self.conn.local_address_changed();
         }
         // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
-        let spans = due && self.conn.rtt() > rtt * 2 + PULSE / 4;
+        // It need not be in the first packet that comes.
+        let spans = self.conn.rtt() > rtt * 2 + PULSE / 4;
         if spans || self.conn.rtt() > RTT_MOST {
             self.conn.path_changed(now);
         }
