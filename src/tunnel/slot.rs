@@ -1,6 +1,13 @@
 //! Connections: one slot each, with a virtual address for quinn and a path below it.
 
-use super::{congestion::Hints, node::KEEPALIVE, path::Path, peer::ANSWER_WAIT, transport::IDLE, windows::Windows};
+use super::{
+    congestion::Hints,
+    node::KEEPALIVE,
+    path::Path,
+    peer::ANSWER_WAIT,
+    transport::{IDLE, RTT_FIRST},
+    windows::Windows,
+};
 use crate::sorted::Map;
 use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
 use std::{
@@ -157,7 +164,7 @@ impl Slot {
         }
         // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
         // It need not be in the first packet that comes.
-        let spans = self.conn.rtt() > rtt * 2 + PULSE / 4;
+        let spans = (due || rtt != RTT_FIRST) && self.conn.rtt() > rtt * 2 + PULSE / 4;
         if spans || self.conn.rtt() > RTT_MOST {
             self.conn.path_changed(now);
         }
