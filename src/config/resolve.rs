@@ -217,7 +217,7 @@ impl Put<'_> {
         for (slot, key, raw) in [(&mut c.zone, "node.zone", raw.zone), (&mut c.network, "node.network", raw.network)] {
             self.value(slot, key, raw, label, |s| network_name(s).map(Into::into))?;
         }
-        self.list(&mut c.neighbours, "node.neighbours", raw.neighbours, NODES, |s| nodes(s))?;
+        self.list(&mut c.neighbours, "node.neighbours", raw.neighbours, NODES, nodes)?;
         self.value(&mut c.state_dir, "node.state_dir", raw.state_dir, PATH, |s| path(s))?;
         self.value(&mut c.bundle, "node.bundle", raw.bundle, PATH, |s| path(s).map(Some))?;
         self.choice(
