@@ -65,6 +65,20 @@ def rows_d(w, case):
             sender.over = True
     case(53, "replaced-while-sending.node-port", by_node_port)
 
+    def by_internal_policy():
+        def local(endpoint):
+            w.kube.service("r54", "10.96.1.54", dns, [endpoint], internalTrafficPolicy="Local")
+            w.kube.write()
+        local(w.a)
+        sender = Sender(w.one.client, "10.96.1.54")
+        try:
+            sender.hears(b"a:tick", 10, "the first backend")
+            local(w.b)
+            return sender.hears(b"b:tick", 5, "the new backend")
+        finally:
+            sender.over = True
+    case(54, "replaced-while-sending.internal-policy-local", by_internal_policy)
+
     def first_none():
         changed([], name="r55", ip="10.96.1.55")
         sender = Sender(w.one.client, "10.96.1.55")
@@ -132,3 +146,8 @@ def rows_d(w, case):
         expect(opened > 4_200, f"only {opened} sessions: this shows nothing")
         return f"{opened} sessions, of which 4,096 at most at once; UDP and TCP go on"
     case(59, "many-clients", many)
+
+    # Looked at again at the end: it is silent meanwhile.
+    w.idle = w.one.client.udp(timeout=3.0)
+    w.tries(w.datagram, "10.96.1.25", s=w.idle)
+    w.idle_since, w.idle_seen = time.monotonic(), set(w.udp[0].seen)

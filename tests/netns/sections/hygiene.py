@@ -1,9 +1,54 @@
 """F: labels, families, hygiene."""
+import http.server
+import json
+import os
+import threading
+import time
+
 from natlab import wait_for
 from report import expect
+from natlab.weft import Agent
 from stage import refused
 
 from .world import eq, ports, seen
+
+# src/proxy/udp.rs: an answered session, and how often they are looked for; and something for the look itself.
+IDLE, SWEEP = 120, 5 + 2
+# src/rules.rs: the most that a failed sync is put off at first.
+RETRY = 20
+
+
+class LateApi(http.server.BaseHTTPRequestHandler):
+    """An API server that lists the Services at once and the slices later."""
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):  # noqa: N802
+        path, _, query = self.path.partition("?")
+        kind = path.rsplit("/", 1)[-1]
+        items = self.server.items.get(kind)
+        if "sendInitialEvents" in query or items is None:
+            return self.say(422 if items is not None else 404, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "code": 422})
+        if "watch=" in query:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.server.over.wait()
+            return None
+        if kind == "endpointslices":
+            self.server.asked.set()
+            self.server.late.wait()
+        return self.say(200, {"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items})
+
+    def say(self, code, body):
+        text = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
 
 
 def rows_f(w, case):
@@ -32,6 +77,99 @@ def rows_f(w, case):
     case(87, "a-port-without-number", lambda: eq((set(seen(w, "10.96.1.87", 6)), refused(w.one.client, "10.96.2.87") < 1), ({"a"}, True)))
     case(96, "another-service-range", lambda: eq(w.ask("172.30.0.96"), "a"))
 
+    def nobody_is_refused_at_first():
+        """Of a list that is not whole no rule says that a Service has no endpoint."""
+        host = w.lab.host("late")
+        from natlab import servers
+        served = servers.Service(host, 8080, servers.says("late"))
+        api = http.server.ThreadingHTTPServer(("", 0), LateApi, bind_and_activate=False)
+        api.socket.close()
+        api.socket, api.daemon_threads = host.listen(0, "127.0.0.1"), True
+        api.late, api.over, api.asked, api.items = threading.Event(), threading.Event(), threading.Event(), {"nodes": []}
+        web = ports("80/TCP:8080:web")
+        spec = {"type": "ClusterIP", "clusterIP": "10.96.5.1", "clusterIPs": ["10.96.5.1"], "ports": [{"name": "web", "port": 80, "protocol": "TCP", "targetPort": 8080}]}
+        meta = {"name": "late", "namespace": "rows", "resourceVersion": "1", "uid": "1"}
+        api.items["services"] = [{"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}]
+        api.items["endpointslices"] = [{"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+                                        "metadata": {**meta, "labels": {"kubernetes.io/service-name": "late"}},
+                                        "ports": [{"name": p["name"], "port": p["target"], "protocol": "TCP"} for p in web],
+                                        "endpoints": [{"addresses": [host.address], "conditions": {"ready": True}}]}]
+        threading.Thread(target=api.serve_forever, daemon=True).start()
+        config = {"node": {"name": "late"}, "kube": {"api": f"http://127.0.0.1:{api.socket.getsockname()[1]}"}, "dns": {"enable": False},
+                  "tunnel": {"enable": False}, "proxy": {"backend": w.agent.config["proxy"]["backend"], "interfaces": ["lo"]}}
+        agent = Agent(host, "late", None, config, w.agent.env).start()
+        try:
+            expect(api.asked.wait(10), f"it lists the slices; {agent.tail()}")
+            until, tried = time.monotonic() + 3, 0
+            while time.monotonic() < until:
+                tried += 1
+                try:
+                    w.ask("10.96.5.1", node=host, timeout=0.5)
+                    raise AssertionError("served by nobody?")
+                except ConnectionRefusedError as e:
+                    raise AssertionError(f"refused before the slices were there; {agent.tail()}") from e
+                except OSError:
+                    pass
+            api.late.set()
+            wait_for(lambda: w.tries(w.ask, "10.96.5.1", node=host, timeout=1) == "late", 10, what=lambda: f"it serves; {agent.tail()}")
+            return f"none of {tried} refused while the slices were not there"
+        finally:
+            for event in (api.late, api.over):
+                event.set()
+            agent.stop()
+            api.shutdown()
+            served.close()
+    case(92, "no-refusals-before-the-first-sync", nobody_is_refused_at_first)
+
+    def bursts():
+        before, begin = w.agent.counters()["proxy_rule_syncs"], time.monotonic()
+        for n in range(100):
+            w.kube.service("r93", "10.96.1.93", ports(f"{1000 + n}/TCP:8080"), [w.a] if n % 2 else [])
+            w.kube.write()
+            time.sleep(0.01)
+        took = time.monotonic() - begin
+        wait_for(lambda: w.tries(w.ask, "10.96.1.93", 1099, timeout=1) == "a", 10, what="the last change is followed")
+        more = w.agent.counters()["proxy_rule_syncs"] - before
+        expect(more <= 5 + took, f"{more} transactions in {took:.1f} s")
+        return f"{more} transactions for 100 changes in {took:.1f} s"
+    case(93, "bursts", bursts)
+
+    def hindered():
+        """What keeps us from the rules is said and tried again, and ends nobody."""
+        def change(endpoints):
+            w.kube.service("r95", "10.96.1.95", ports("80/TCP:8080"), endpoints)
+            w.kube.write()
+
+        def errors():
+            return w.agent.text().count(" WARN ")
+        before, gateway = errors(), w.one.gateway
+        if w.backend == "nft":
+            gateway.ip("link del weft0", "link add weft0 type bridge")
+        else:
+            tool = f"{w.lab.folder}/{w.backend}/iptables-restore"
+            real = os.readlink(tool)
+            os.unlink(tool)
+            with open(tool, "w", encoding="ascii") as f:
+                # As it ends when another holds the lock for longer than it waits.
+                f.write('#!/bin/sh\n[ "$1" = --version ] && exec ' + real.replace("save", "restore") + ' "$@"\n'
+                        "echo 'Another app is currently holding the xtables lock; waited 5s' >&2; exit 4\n")
+            os.chmod(tool, 0o755)
+        change([w.a])
+        try:
+            wait_for(lambda: errors() > before, 40, what=lambda: f"it is said; {w.agent.tail()}")
+            eq(w.tries(w.ask, "10.96.1.95", timeout=1), None)
+            expect(w.agent.process.alive(), "it has ended")
+        finally:
+            if w.backend == "nft":
+                gateway.ip("link del weft0")
+            else:
+                os.unlink(tool)
+                os.symlink(real, tool)
+        begin = time.monotonic()
+        wait_for(lambda: w.tries(w.ask, "10.96.1.95", timeout=1) == "a", RETRY + 15, what=lambda: f"it serves; {w.agent.tail()}")
+        return f"serves {time.monotonic() - begin:.1f} s after it was let"
+    case(95, "hindered", hindered)
+
     def drop():
         gateway, tool = w.one.gateway, "iptables-nft" if w.backend == "nft" else w.backend
         gateway.run(tool, "-P", "INPUT", "DROP")
@@ -47,6 +185,17 @@ def rows_f(w, case):
             gateway.run(tool, "-P", "INPUT", "ACCEPT")
             gateway.run(tool, "-F", "INPUT")
     case(97, "input-drop", drop)
+
+    def after_idle():
+        left = IDLE + SWEEP - (time.monotonic() - w.idle_since)
+        time.sleep(max(0.0, left))
+        eq(w.datagram("10.96.1.25", s=w.idle), b"a:ping")
+        fresh = w.udp[0].seen - w.idle_seen
+        w.idle.close()
+        expect(fresh, "the endpoint sees the old session's port")
+        return f"a new session after {time.monotonic() - w.idle_since:.0f} s"
+    if hasattr(w, "idle"):
+        case(58, "after-a-long-idle-time", after_idle)
 
     def clean():
         code = w.agent.stop()

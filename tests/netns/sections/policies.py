@@ -3,12 +3,21 @@ import time
 
 from natlab import wait_for
 from report import expect
+from stage import read_all
 
 from .world import eq, ports, seen
 
 
 def rows_e(w, case):
     uplink, outside = w.one.gateway.address, w.outside()
+    def who_is_seen(address, port, node):
+        """A limit that the README names: a server sees this node, and not its client."""
+        with node.tcp(address, port, timeout=3) as s:
+            seen_as = read_all(s).decode().split()[1]
+        expect(seen_as.removeprefix("::ffff:") == f"{w.one.lan}.1" != node.address, f"seen as {seen_as}")
+        return seen_as
+    case(60, "a-server-sees-this-node", lambda: who_is_seen("10.96.1.1", 80, w.one.client))
+    case(63, "a-server-sees-this-node.external-policy-local", lambda: who_is_seen(uplink, 30063, outside))
     case(61, "external-traffic-policy-cluster", lambda: eq({w.ask(uplink, 30010, outside) for _ in range(8)}, {"a", "b"}))
 
     def nobody_here():
@@ -61,6 +70,14 @@ def rows_e(w, case):
         wait_for(lambda: len(set(seen(w, "10.96.1.68"))) == 2, 10, what="it sticks no longer")
     case(68, "affinity-switched", switched)
     case(69, "affinity-and-a-removed-endpoint", lambda: "in the case before")
+
+    def by_node_port():
+        w.kube.service("r71", "10.96.1.71", ports("80/TCP:8080:t:30071"), [w.a, w.b], type="NodePort", sessionAffinity="ClientIP")
+        w.kube.write()
+        wait_for(lambda: w.tries(w.ask, uplink, 30071, outside, timeout=1), 10, what="it serves")
+        eq(len({w.ask(uplink, 30071, outside) for _ in range(20)}), 1)
+        return "20 of 20"
+    case(71, "affinity.node-port", by_node_port)
     case(72, "affinity-udp", lambda: eq(len({w.datagram("10.96.1.66") for _ in range(8)}), 1))
 
     def even():
