@@ -14,7 +14,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     pin::Pin,
-    task::{Poll, ready},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -35,9 +35,13 @@ const PIPES: usize = 32;
 /// Pipes kept open for the next who needs one.
 const PIPES_IDLE: usize = 8;
 
-/// What a direction without a pipe, or one that comes out of the tunnel, takes at a time: the most that
-/// one connection holds while its reader stalls. Where there is less a copy costs half of what a pipe's two calls do.
+/// What a direction without a pipe, or one of the tunnel, takes at a time: the most that one connection holds while its
+/// reader stalls. Where there is less a copy costs half of what a pipe's two calls do.
 const HELD: usize = 8 * 1024;
+
+/// Out of the tunnel more is taken, up to [`SCRATCH`], for a reader that took all so far: a sixth less CPU time. As long
+/// as all together hold less than this.
+const HELD_ALL: usize = 1 << 20;
 
 /// Descriptors that are left to all else: DNS, the tunnel, the API; sessions of UDP give way by themselves.
 const OTHERS: u64 = 128;
@@ -92,6 +96,8 @@ pub struct Pool {
     idle: RefCell<Vec<Pipe>>,
     taken: Cell<usize>,
     most: usize,
+    /// What has come out of the tunnel and waits for its readers.
+    held: Cell<usize>,
 }
 
 impl Default for Pool {
@@ -105,7 +111,7 @@ impl Pool {
     #[must_use]
     pub fn with_pipes(most: usize) -> Self {
         let scratch = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
-        Self { scratch, idle: RefCell::default(), taken: Cell::new(0), most }
+        Self { scratch, idle: RefCell::default(), taken: Cell::new(0), most, held: Cell::new(0) }
     }
 
     /// Lends the scratch buffer; `f` cannot wait, so two never hold it.
@@ -146,6 +152,22 @@ impl Loan<'_> {
 impl Drop for Loan<'_> {
     fn drop(&mut self) {
         self.pool.taken.set(self.pool.taken.get() - 1);
+    }
+}
+
+/// Counts what one connection holds.
+struct Kept<'p>(&'p Pool, usize);
+
+impl<'p> Kept<'p> {
+    fn new(pool: &'p Pool, len: usize) -> Self {
+        pool.held.set(pool.held.get() + len);
+        Self(pool, len)
+    }
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        self.0.held.set(self.0.held.get() - self.1);
     }
 }
 
@@ -345,50 +367,105 @@ pub async fn stream<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(())
 }
 
-/// Writes to a stream what waits in a socket and takes from the socket what was written: nothing is held
-/// here, and the socket's window is the back-pressure.
+/// Little is read and written. Of much it writes to the stream what waits in the socket, and takes from the socket what
+/// was written: nothing is held here, and the socket's window is the back-pressure.
 async fn into_stream<S: AsyncWrite + Unpin>(
     pool: &Pool,
     from: &Async<TcpStream>,
     to: &RefCell<S>,
     count: &Cell<u64>,
 ) -> io::Result<()> {
-    let mut moved = 0;
+    let (mut moved, mut much) = (0, false);
     loop {
-        let step = poll_fn(|cx| {
-            pool.scratch(|scratch| {
-                let waiting = match from.get_ref().peek(scratch) {
-                    Ok(0) => return Poll::Ready(Ok(Burst::End)),
-                    Ok(n) => &scratch[..n],
-                    Err(e) if would_block(&e) => return Poll::Ready(Ok(Burst::Dry)),
-                    Err(e) if e.kind() == ErrorKind::Interrupted => return Poll::Ready(Ok(Burst::Spent)),
-                    Err(e) => return Poll::Ready(Err(e)),
-                };
-                let written = ready!(Pin::new(&mut *to.borrow_mut()).poll_write(cx, waiting))?;
-                if written == 0 {
-                    return Poll::Ready(Err(ErrorKind::WriteZero.into()));
-                }
-                take(from.get_ref(), written)?;
-                add(count, written as u64);
-                moved += written;
-                let all = written == waiting.len() && written < SCRATCH;
-                Poll::Ready(Ok(if all { Burst::Dry } else { Burst::Spent }))
-            })
-        })
-        .await?;
-        match step {
+        let (step, n) = if much { shown(pool, from, to, count).await } else { handed(pool, from, to, count).await }?;
+        moved += n;
+        much = match step {
             Burst::Dry => {
                 poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_flush(cx)).await?;
                 readable(from).await?;
+                false
             }
             Burst::Spent if moved >= BUDGET => {
                 moved = 0;
                 yield_now().await;
+                true
             }
-            Burst::Spent => {}
+            Burst::Spent => true,
             Burst::End => return poll_fn(|cx| Pin::new(&mut *to.borrow_mut()).poll_close(cx)).await,
-        }
+        };
     }
+}
+
+/// One read and its write; what the stream does not take at once is kept, at most [`HELD`].
+async fn handed<S: AsyncWrite + Unpin>(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &RefCell<S>,
+    count: &Cell<u64>,
+) -> io::Result<(Burst, usize)> {
+    let write = |cx: &mut Context<'_>, bytes: &[u8]| match Pin::new(&mut *to.borrow_mut()).poll_write(cx, bytes) {
+        Poll::Ready(Ok(0)) => Poll::Ready(Err(ErrorKind::WriteZero.into())),
+        Poll::Ready(Ok(n)) => {
+            add(count, n as u64);
+            Poll::Ready(Ok(n))
+        }
+        other => other,
+    };
+    let done = poll_fn(|cx| {
+        Poll::Ready(pool.scratch(|scratch| {
+            let n = from.get_ref().read(&mut scratch[..HELD])?;
+            let written = if n == 0 { Poll::Pending } else { write(cx, &scratch[..n]) };
+            let written = match written {
+                Poll::Ready(done) => done?,
+                Poll::Pending => 0,
+            };
+            io::Result::Ok((n, scratch[written..n].to_vec()))
+        }))
+    })
+    .await;
+    let (n, rest) = match done {
+        Err(e) if would_block(&e) => return Ok((Burst::Dry, 0)),
+        Err(e) if e.kind() == ErrorKind::Interrupted => return Ok((Burst::Spent, 0)),
+        done => done?,
+    };
+    let mut rest = &rest[..];
+    while !rest.is_empty() {
+        let written = poll_fn(|cx| write(cx, rest)).await?;
+        rest = &rest[written..];
+    }
+    Ok(match n {
+        0 => (Burst::End, 0),
+        HELD => (Burst::Spent, n),
+        _ => (Burst::Dry, n),
+    })
+}
+
+async fn shown<S: AsyncWrite + Unpin>(
+    pool: &Pool,
+    from: &Async<TcpStream>,
+    to: &RefCell<S>,
+    count: &Cell<u64>,
+) -> io::Result<(Burst, usize)> {
+    poll_fn(|cx| {
+        pool.scratch(|scratch| {
+            let waiting = match from.get_ref().peek(scratch) {
+                Ok(0) => return Poll::Ready(Ok((Burst::End, 0))),
+                Ok(n) => &scratch[..n],
+                Err(e) if would_block(&e) => return Poll::Ready(Ok((Burst::Dry, 0))),
+                Err(e) if e.kind() == ErrorKind::Interrupted => return Poll::Ready(Ok((Burst::Spent, 0))),
+                Err(e) => return Poll::Ready(Err(e)),
+            };
+            let written = ready!(Pin::new(&mut *to.borrow_mut()).poll_write(cx, waiting))?;
+            if written == 0 {
+                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            }
+            take(from.get_ref(), written)?;
+            add(count, written as u64);
+            let all = written == waiting.len() && written < SCRATCH;
+            Poll::Ready(Ok((if all { Burst::Dry } else { Burst::Spent }, written)))
+        })
+    })
+    .await
 }
 
 /// Removes bytes that were peeked at, and so are there.
@@ -413,11 +490,11 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
     to: &Async<TcpStream>,
     count: &Cell<u64>,
 ) -> io::Result<()> {
-    let mut moved = 0;
+    let (mut moved, mut step) = (0, HELD);
     loop {
         let (n, rest) = poll_fn(|cx| {
             pool.scratch(|scratch| {
-                let n = ready!(Pin::new(&mut *from.borrow_mut()).poll_read(cx, &mut scratch[..HELD]))?;
+                let n = ready!(Pin::new(&mut *from.borrow_mut()).poll_read(cx, &mut scratch[..step]))?;
                 let rest = write_now(to.get_ref(), &scratch[..n], count)?;
                 Poll::Ready(io::Result::Ok((n, rest.to_vec())))
             })
@@ -426,7 +503,12 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
         if n == 0 {
             return finish(to.get_ref());
         }
-        write_rest(to, &rest, count).await?;
+        let more = rest.is_empty() && n == step && pool.held.get() < HELD_ALL;
+        step = if more { SCRATCH.min(step * 2) } else { HELD };
+        if !rest.is_empty() {
+            let _kept = Kept::new(pool, rest.len());
+            write_rest(to, &rest, count).await?;
+        }
         moved += n;
         if moved >= BUDGET {
             moved = 0;
