@@ -282,6 +282,55 @@ mod tests {
         assert_eq!((b.rate(), b.window()), (200_000, BBR_FIRST), "what was found once does not last");
     }
 
+    /// As BBR is when it has lost something of a burst.
+    #[derive(Clone)]
+    struct Four;
+
+    impl Controller for Four {
+        fn on_congestion_event(&mut self, _: Instant, _: Instant, _: bool, _: u64) {}
+        fn on_mtu_update(&mut self, _: u16) {}
+        fn window(&self) -> u64 {
+            4 * 1200
+        }
+        fn clone_box(&self) -> Box<dyn Controller> {
+            Box::new(self.clone())
+        }
+        fn initial_window(&self) -> u64 {
+            self.window()
+        }
+        fn into_any(self: Box<Self>) -> Box<dyn Any> {
+            self
+        }
+    }
+
+    #[test]
+    fn a_burst_that_lost_something_is_followed_by_one_as_large() {
+        let (ms, mut now, mut packet) = (Duration::from_millis, Instant::now(), 0);
+        let mut b = Bounded::new(Box::new(Four), Arc::default());
+        b.rtt = ms(20);
+        for _ in 0..4 {
+            for _ in 0..50 {
+                packet += 1;
+                b.on_sent(now, 1200, packet);
+            }
+            b.acked = 50 * 1200;
+            b.on_end_acks(now + ms(20), 0, false, Some(packet));
+            assert_eq!(b.window(), 4 * 1200);
+            now += ms(50);
+        }
+        assert_eq!(b.rate(), 50 * 1200 * 50, "the rest between two bursts does not count");
+        b.on_sent(now, 1200, packet + 1);
+        b.on_congestion_event(now, now, false, 1200);
+        assert_eq!(b.window(), 50 * 1200);
+        b.on_end_acks(now + ms(20), 0, true, Some(packet + 1));
+        assert_eq!(b.window(), 50 * 1200, "sent before the loss was seen");
+        b.on_sent(now + ms(20), 1200, packet + 2);
+        b.on_end_acks(now + ms(40), 0, true, Some(packet + 2));
+        assert_eq!(b.window(), 4 * 1200, "it is over");
+        b.on_congestion_event(now, now, true, 1200);
+        assert_eq!(b.window(), 4 * 1200, "nothing comes through any more");
+    }
+
     #[test]
     fn two_spells_without_a_short_round_trip_tell_another_path() {
         let (mut spells, start, ms) = (Spells::default(), Instant::now(), Duration::from_millis);

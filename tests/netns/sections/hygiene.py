@@ -146,14 +146,17 @@ def rows_f(w, case):
         if w.backend == "nft":
             gateway.ip("link del weft0", "link add weft0 type bridge")
         else:
-            tool = f"{w.lab.folder}/{w.backend}/iptables-restore"
-            real = os.readlink(tool)
-            os.unlink(tool)
-            with open(tool, "w", encoding="ascii") as f:
-                # As it ends when another holds the lock for longer than it waits.
-                f.write('#!/bin/sh\n[ "$1" = --version ] && exec ' + real.replace("save", "restore") + ' "$@"\n'
-                        "echo 'Another app is currently holding the xtables lock; waited 5s' >&2; exit 4\n")
-            os.chmod(tool, 0o755)
+            folder = f"{w.lab.folder}/{w.backend}"
+            # By the one name or the other, as there are tables of iptables-legacy or not.
+            tools = [f"{folder}/iptables-restore", f"{folder}/{w.backend}-restore"]
+            real = os.readlink(tools[0])
+            for tool in tools:
+                with open(f"{tool}.new", "w", encoding="ascii") as f:
+                    # As it ends when another holds the lock for longer than it waits.
+                    f.write(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} "$@"\n'
+                            "echo 'Another app is currently holding the xtables lock; waited 5s' >&2; exit 4\n")
+                os.chmod(f"{tool}.new", 0o755)
+                os.replace(f"{tool}.new", tool)
         change([w.a])
         try:
             wait_for(lambda: errors() > before, 40, what=lambda: f"it is said; {w.agent.tail()}")
@@ -163,8 +166,9 @@ def rows_f(w, case):
             if w.backend == "nft":
                 gateway.ip("link del weft0")
             else:
-                os.unlink(tool)
-                os.symlink(real, tool)
+                for tool in tools:
+                    os.unlink(tool)
+                os.symlink(real, tools[0])
         begin = time.monotonic()
         wait_for(lambda: w.tries(w.ask, "10.96.1.95", timeout=1) == "a", RETRY + 15, what=lambda: f"it serves; {w.agent.tail()}")
         return f"serves {time.monotonic() - begin:.1f} s after it was let"
