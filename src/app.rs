@@ -24,16 +24,18 @@ use crate::{
     rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
-    sorted::Set,
     sys,
     table::{
         Table,
-        balance::{Balancer, Here},
+        balance::{Balancer, Here, Nodes},
         model::Source,
         statics,
     },
     tasks::Tasks,
-    tunnel::{self, identity::Bundle},
+    tunnel::{
+        self,
+        identity::{Bundle, Roles},
+    },
 };
 use anyhow::{Context, bail};
 use futures_lite::{
@@ -364,7 +366,15 @@ impl Wiring {
             node: self.node.as_str().into(),
             network: checks::network(&self.config, self.bundle.as_ref()).into(),
             zone: self.config.node.zone.as_str().into(),
-            neighbours: Set::new(),
+            neighbours: self.config.node.neighbours.iter().map(String::as_str).collect(),
+            is_egress: self.bundle.as_ref().is_some_and(|b| b.certificate.roles.contains(Roles::EGRESS)),
+            egress: self
+                .config
+                .balancer
+                .egress
+                .iter()
+                .map(|(of, by)| (Nodes::from_iter([&**of]), (&**by).into()))
+                .collect(),
         }
     }
 

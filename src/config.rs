@@ -84,6 +84,8 @@ pub struct NodeConfig {
     pub name: String,
     pub zone: String,
     pub network: String,
+    /// Other nodes of that network: names, or what they begin with and a `*`.
+    pub neighbours: Vec<String>,
     pub state_dir: PathBuf,
     pub bundle: Option<PathBuf>,
     /// What is logged, unless `--log` or `WEFT_LOG` says.
@@ -198,6 +200,8 @@ pub struct ProxyConfig {
     pub max_connections: usize,
     /// Seconds that connections have to come to their end when the agent leaves.
     pub drain: u32,
+    /// What kube-proxy can do is left to it: Services all of whose endpoints are in our own network.
+    pub beside_kube_proxy: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,6 +219,8 @@ pub struct BalancerConfig {
     pub prefer: Vec<Nearness>,
     /// Failures in a row after which an endpoint is left out for a while; 0: never.
     pub outlier: u32,
+    /// Nodes, as in `neighbours`, and the node that opens their endpoints for others. The first that fits counts.
+    pub egress: Vec<(String, String)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

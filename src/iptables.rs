@@ -10,6 +10,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use std::{
+    io::ErrorKind,
     path::{Path, PathBuf},
     rc::Rc,
 };
@@ -50,9 +51,12 @@ pub fn has_legacy_tables() -> bool {
     has_legacy_tables_of(true)
 }
 
+fn legacy_tables(v4: bool) -> std::io::Result<String> {
+    std::fs::read_to_string(if v4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" })
+}
+
 fn has_legacy_tables_of(v4: bool) -> bool {
-    let list = if v4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" };
-    let names = std::fs::read_to_string(list).unwrap_or_default();
+    let names = legacy_tables(v4).unwrap_or_default();
     names.lines().any(|name| matches!(name, "nat" | "filter"))
 }
 
@@ -159,7 +163,9 @@ pub async fn remove() -> (Vec<String>, Vec<String>) {
         let Ok(tools) = Tools::new(&format!("{name}{variant}")).await else { continue };
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let id = (real(&tools.restore), tools.nft(), v4);
-        if seen.contains(&id) {
+        // Root alone may read the list, whatever the capabilities: another user has made no such rules, and cannot look.
+        let denied = !tools.nft() && matches!(legacy_tables(v4), Err(e) if e.kind() == ErrorKind::PermissionDenied);
+        if denied || seen.contains(&id) {
             continue;
         }
         seen.push(id);

@@ -80,7 +80,7 @@ use std::{
     future::Future,
     io::{self, IoSliceMut},
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
-    pin::Pin,
+    pin::{Pin, pin},
     rc::Rc,
     sync::{Arc, atomic::AtomicU32},
     task::Poll,
@@ -133,6 +133,8 @@ pub struct Driver {
 /// Why the driver is awake.
 enum Woke {
     Ready,
+    /// There is something to send, or to tell.
+    Rung,
     /// Devices, addresses or routes have changed.
     Links,
     Resolved(usize, Result<SocketAddr, String>),
@@ -309,15 +311,18 @@ impl Driver {
             let wake = [wake, self.mapper.wake].into_iter().flatten().min();
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
+            let receives = !matches!(woke, Woke::Rung);
             match woke {
-                Woke::Ready => {}
+                Woke::Ready | Woke::Rung => {}
                 Woke::Links => self.look(),
                 Woke::Resolved(relay, address) => {
                     self.resolving = None;
                     self.shared.node().resolved(self.clock.now(), relay, address);
                 }
             }
-            self.receive(&mut rx);
+            if receives {
+                self.receive(&mut rx);
+            }
             if let Some(mapped) = self.mapper.turn(self.clock.now()) {
                 self.shared.node().set_mapped(self.clock.now(), mapped);
             }
@@ -340,10 +345,6 @@ impl Driver {
             *alarm = None;
             Poll::Ready(Ok(Woke::Ready))
         });
-        let rung = async {
-            bell.rung().await;
-            Ok(Woke::Ready)
-        };
         let resolving = &mut self.resolving;
         let resolved = async {
             match resolving {
@@ -356,9 +357,16 @@ impl Driver {
         };
         let links = async { self.links.changed().await.map(|()| Woke::Links) };
         let gateway = async { self.mapper.readable().await.map(|()| Woke::Ready) };
-        // Unlike readable(), these stay registered with the kernel from turn to turn.
-        let readable = poll_fn(|cx| self.socket.poll_readable(cx).map_ok(|()| Woke::Ready));
-        or(or(rung, readable), or(links, or(timer, or(resolved, gateway)))).await
+        // Both are asked each time: neither starves the other.
+        let own = poll_fn(|cx| {
+            let rung = pin!(bell.rung()).poll(cx).map(|()| Ok(Woke::Rung));
+            // Unlike readable(), this stays registered with the kernel from turn to turn.
+            match self.socket.poll_readable(cx) {
+                Poll::Ready(done) => Poll::Ready(done.map(|()| Woke::Ready)),
+                Poll::Pending => rung,
+            }
+        });
+        or(own, or(links, or(timer, or(resolved, gateway)))).await
     }
 
     /// Sends and tells until the node has nothing left; gives its next timer.

@@ -50,7 +50,7 @@ fn keep<T: Clone + PartialEq>(kept: &mut Vec<&'static str>, key: &'static str, o
 
 /// Both configurations are settled; `bundle`: the secret has changed too.
 pub(crate) fn plan(old: &Config, new: &Config, bundle: bool) -> Plan {
-    let here = |c: &Config| (c.node.zone.clone(), c.node.network.clone());
+    let here = |c: &Config| (c.node.zone.clone(), c.node.network.clone(), c.node.neighbours.clone());
     let moved = here(old) != here(new) || bundle;
     let pods =
         |c: &Config| (c.dns.enable && c.dns.pods == PodNames::Verified, c.dns.enable && c.dns.endpoint_pod_names);
@@ -110,6 +110,9 @@ mod tests {
             ("", "tunnel.enable = false", "tunnel"),
             ("", "relay.enable = true", "tunnel"),
             ("", "node.zone = \"z\"", "dns proxy rules"),
+            ("", "node.neighbours = [\"cloud-*\"]", "dns proxy rules"),
+            ("", "balancer.egress = { \"cloud-*\" = \"cloud-1\" }", "proxy rules"),
+            ("", "proxy.beside_kube_proxy = true", "rules"),
             ("proxy.enable = false", "proxy.enable = false\nnode.zone = \"z\"", "dns rules"),
         ] {
             assert_eq!(parts(old, new), expected, "{old:?} -> {new:?}");

@@ -23,6 +23,7 @@ tables! {
         pub(super) name: Text,
         pub(super) zone: Text,
         pub(super) network: Text,
+        pub(super) neighbours: Option<Vec<Spanned<String>>>,
         pub(super) state_dir: Text,
         pub(super) bundle: Text,
         pub(super) log: Text,
@@ -67,12 +68,14 @@ tables! {
         pub(super) mark: Number,
         pub(super) max_connections: Number,
         pub(super) drain: Number,
+        pub(super) beside_kube_proxy: Option<bool>,
     }
 
     pub(super) struct RawBalancer {
         pub(super) default: Text,
         pub(super) prefer: Option<Vec<Spanned<String>>>,
         pub(super) outlier: Number,
+        pub(super) egress: Option<Entries<Spanned<String>>>,
     }
 
     pub(super) struct RawTunnel {

@@ -56,6 +56,7 @@ impl Default for Config {
                 name: String::new(),
                 zone: String::new(),
                 network: String::new(),
+                neighbours: Vec::new(),
                 state_dir: PathBuf::from("/var/lib/weft"),
                 bundle: None,
                 log: LevelFilter::Info,
@@ -71,8 +72,14 @@ impl Default for Config {
                 mark: MARK,
                 max_connections: 4_096,
                 drain: 5,
+                beside_kube_proxy: false,
             },
-            balancer: BalancerConfig { default: Policy::RoundRobin, prefer: PREFER.into(), outlier: OUTLIER.failures },
+            balancer: BalancerConfig {
+                default: Policy::RoundRobin,
+                prefer: PREFER.into(),
+                outlier: OUTLIER.failures,
+                egress: Vec::new(),
+            },
             tunnel: TunnelConfig {
                 enable: true,
                 listen: TUNNEL_LISTEN,
@@ -210,6 +217,7 @@ impl Put<'_> {
         for (slot, key, raw) in [(&mut c.zone, "node.zone", raw.zone), (&mut c.network, "node.network", raw.network)] {
             self.value(slot, key, raw, label, |s| network_name(s).map(Into::into))?;
         }
+        self.list(&mut c.neighbours, "node.neighbours", raw.neighbours, NODES, nodes)?;
         self.value(&mut c.state_dir, "node.state_dir", raw.state_dir, PATH, |s| path(s))?;
         self.value(&mut c.bundle, "node.bundle", raw.bundle, PATH, |s| path(s).map(Some))?;
         self.choice(
@@ -245,7 +253,13 @@ impl Put<'_> {
         let expected = "a number of failures from 0 to 1000";
         self.value(&mut c.outlier, "balancer.outlier", raw.outlier, expected, |n| {
             u32::try_from(*n).ok().filter(|n| *n <= 1_000)
-        })
+        })?;
+        for (of, by) in raw.egress.into_iter().flat_map(|all| all.0) {
+            let of = self.parse("balancer.egress", &of, NODES, |s| nodes(s))?;
+            let by = self.parse("balancer.egress", &by, "the name of a node", |s| node_name(s).map(Into::into))?;
+            c.egress.push((of, by));
+        }
+        Ok(())
     }
 
     fn proxy(&self, c: &mut ProxyConfig, raw: RawProxy) -> Result<(), ConfigError> {
@@ -254,6 +268,7 @@ impl Put<'_> {
         self.choice(&mut c.backend, "proxy.backend", raw.backend, &backends)?;
         self.list(&mut c.interfaces, "proxy.interfaces", raw.interfaces, INTERFACE, interface)?;
         self.flag(&mut c.external_ips, raw.external_ips);
+        self.flag(&mut c.beside_kube_proxy, raw.beside_kube_proxy);
         let net = "a network such as 192.168.0.0/16, or an address";
         self.list(&mut c.node_ports, "proxy.node_ports", raw.node_ports, net, |s| s.parse().ok())?;
         self.value(&mut c.mark, "proxy.mark", raw.mark, "one bit of 32, such as 0x20", |n| {
@@ -303,6 +318,14 @@ impl Put<'_> {
         c.limits = RelayLimits { all: rate(all, 64_000.max(all * 500)), node: rate(node, burst * 1000) };
         Ok(())
     }
+}
+
+const NODES: &str = "the name of a node, or how several begin and a *, such as cloud-*";
+
+fn nodes(text: &str) -> Option<String> {
+    // What a pattern leaves open may be any one character of a name.
+    let name = text.strip_suffix('*').map_or_else(|| text.to_owned(), |front| format!("{front}0"));
+    node_name(&name).map(|_| text.into())
 }
 
 const INTERFACE: &str = "an interface's name, of 1 to 15 characters";

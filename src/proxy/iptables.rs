@@ -15,6 +15,9 @@ const OURS: &str = "WEFT-";
 /// outlives a killed agent and, as the rules do, ends with the boot.
 const MADE: &str = "WEFT-MADE";
 
+/// How kube-proxy's jumps end. It puts them at the head, once, and leaves them where they are.
+const KUBE_PROXY: &str = "-j KUBE-SERVICES";
+
 /// One table of iptables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -61,6 +64,8 @@ struct SavedTable {
     chains: Set<String>,
     /// Built-in or foreign chain, and its rule that jumps to a chain of ours.
     jumps: Vec<(String, String)>,
+    /// Built-in chains in which kube-proxy's jump comes before ours.
+    behind: Set<String>,
     /// How many rules our chains hold, and their sum.
     rules: usize,
     sum: u64,
@@ -119,7 +124,13 @@ impl SavedTable {
                 self.sum = mix(self.sum, line);
             }
             Some((chain, rule)) if jumps_to_us(rule) => self.jumps.push((chain.to_owned(), rule.to_owned())),
-            Some(_) | None => self.foreign = true,
+            Some((chain, rule)) => {
+                self.foreign = true;
+                if rule.ends_with(KUBE_PROXY) && !self.jumps.iter().any(|(of, _)| of == chain) {
+                    self.behind.insert(chain.to_owned());
+                }
+            }
+            None => self.foreign = true,
         }
     }
 
@@ -185,7 +196,10 @@ impl Saved {
     pub fn digest(&self) -> u64 {
         Kind::ALL.iter().map(|k| self.table(*k)).fold(0, |sum, table| {
             let sum = table.chains.iter().fold(mix(sum, &table.sum.to_string()), |sum, chain| mix(sum, chain));
-            table.jumps.iter().fold(sum, |sum, (chain, rule)| mix(mix(sum, chain), rule))
+            table.jumps.iter().fold(sum, |sum, (chain, rule)| {
+                let behind = if table.behind.contains(chain) { "behind" } else { "" };
+                mix(mix(mix(sum, chain), rule), behind)
+            })
         })
     }
 
@@ -277,7 +291,7 @@ pub fn made(saved: &Saved) -> impl Iterator<Item = Kind> + '_ {
 }
 
 /// The text that brings about what we want from what is there. Our own chains are rewritten; a jump that
-/// is there stays where it is: two programs that both want to be first would never come to rest.
+/// is there stays where it is, but behind kube-proxy's: two programs that both want to be first would never come to rest.
 /// `made` holds the tables that were not there before us, see [`made`].
 #[must_use]
 pub fn apply(desired: &Desired, saved: &Saved, made: &[Kind]) -> String {
@@ -300,11 +314,12 @@ pub fn apply(desired: &Desired, saved: &Saved, made: &[Kind]) -> String {
     out
 }
 
-/// Each of our jumps once, at the head; one that is there stays where it is. Of several all are taken
+/// Each of our jumps once, at the head; one that is in place stays there. Of several all are taken
 /// out, because a delete takes the first, which is the one that matters.
 fn jumps(out: &mut String, kind: Kind, there: &SavedTable) {
-    let in_place =
+    let once =
         |jump: &(&str, &str)| there.jumps.iter().filter(|(chain, rule)| (&**chain, &**rule) == *jump).count() == 1;
+    let in_place = |jump: &(&str, &str)| once(jump) && !there.behind.contains(jump.0);
     for (chain, rule) in &there.jumps {
         if !kind.jumps().contains(&(chain, rule)) || !in_place(&(chain, rule)) {
             let _ = writeln!(out, "-D {chain} {rule}");

@@ -213,7 +213,8 @@ impl Sources<'_> {
         let serves = |net: &Net, ip: IpAddr| net.contains(ip) && usable(ip, own);
         let nodes = self.addresses.iter().copied().filter(|ip| self.cfg.node_ports.iter().any(|net| serves(net, *ip)));
         let nodes: Vec<IpAddr> = nodes.collect();
-        for service in proxied(self.table) {
+        let left = |s: &&Service| self.cfg.beside_kube_proxy && !self.table.needs_tunnel(self.here, &s.id);
+        for service in proxied(self.table).filter(|s| !left(s)) {
             let mut vips = addresses(self.table, service, false, own).peekable();
             // The families of a Service are those of its own addresses.
             let nodes = if vips.peek().is_some() { &nodes[..] } else { &[] };

@@ -8,7 +8,6 @@ use super::{
     packed::{About, EndpointRef},
     rule::{Choice, Number, Traffic},
 };
-use crate::sorted::Set;
 pub use state::{Balancer, Fared, OUTLIER};
 use std::{
     net::{IpAddr, SocketAddr},
@@ -25,7 +24,31 @@ pub struct Here {
     /// Empty: that of our Node object.
     pub zone: Name,
     /// The other nodes of our own, not empty network: dialled from here and not through the tunnel.
-    pub neighbours: Set<Name>,
+    pub neighbours: Nodes,
+    /// Whether we open the neighbours' endpoints for peers.
+    pub is_egress: bool,
+    /// Nodes whose endpoints another one opens.
+    pub egress: Vec<(Nodes, Name)>,
+}
+
+/// Nodes by their names; a name that ends with `*` stands for all that begin so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Nodes(Vec<Name>);
+
+impl<S: Into<Name>> FromIterator<S> for Nodes {
+    fn from_iter<I: IntoIterator<Item = S>>(names: I) -> Self {
+        Self(names.into_iter().map(Into::into).collect())
+    }
+}
+
+impl Nodes {
+    #[must_use]
+    pub fn has(&self, node: &str) -> bool {
+        self.0.iter().any(|name| match name.strip_suffix('*') {
+            Some(front) => node.starts_with(front),
+            None => **name == *node,
+        })
+    }
 }
 
 /// A kind of nearness, for `[balancer] prefer`.
@@ -159,7 +182,7 @@ impl Table {
     }
 
     /// The far end's check of a peer's wish: the endpoint belongs to that port of the Service and is on this node, or
-    /// it has no node and its address is one of this node's. A peer is not an open proxy.
+    /// it has no node and its address is one of this node's; an egress opens those of its neighbours too. A peer is not an open proxy.
     #[must_use]
     pub fn owns(&self, here: &Here, id: &ServiceId, port: u16, protocol: Protocol, endpoint: SocketAddr) -> bool {
         let Some(service) = self.service_by_id(id).filter(|s| !s.not_proxied) else { return false };
@@ -169,7 +192,11 @@ impl Table {
         self.endpoints(id).any(|(slice, e)| {
             e.address == endpoint.ip()
                 && Self::target_port(slice, &port.name, protocol) == Some(endpoint.port())
-                && self.place(here, e) == Place::Here
+                && match self.place(here, e) {
+                    Place::Here => true,
+                    Place::Direct => here.is_egress && e.about().node.is_some(),
+                    Place::Far(_) => false,
+                }
         })
     }
 
@@ -190,7 +217,7 @@ impl Table {
 
     fn candidates<'t>(
         &'t self,
-        here: &Here,
+        here: &'t Here,
         ask: &Ask<'_>,
         service: &'t Service,
         port: &ServicePort,
@@ -245,7 +272,7 @@ impl Table {
 
     /// Sites behind NATs often have the same private addresses, so an endpoint without a node is another node's only
     /// where exactly one node has its address.
-    fn place<'t>(&'t self, here: &Here, endpoint: EndpointRef<'t>) -> Place<'t> {
+    fn place<'t>(&'t self, here: &'t Here, endpoint: EndpointRef<'t>) -> Place<'t> {
         let node = match (&endpoint.about().node, self.nodes_with(endpoint.address)) {
             (Some(node), _) | (None, [node]) => node,
             (None, several) if several.contains(&here.node) => return Place::Here,
@@ -253,11 +280,17 @@ impl Table {
         };
         if *node == here.node {
             Place::Here
-        } else if !here.network.is_empty() && here.neighbours.contains(node) {
+        } else if !here.network.is_empty() && here.neighbours.has(node) {
             Place::Direct
         } else {
-            Place::Far(node)
+            Place::Far(here.egress.iter().find(|(of, _)| of.has(node)).map_or(node, |(_, by)| by))
         }
+    }
+
+    /// Whether an endpoint of the Service is behind the tunnel.
+    #[must_use]
+    pub fn needs_tunnel(&self, here: &Here, id: &ServiceId) -> bool {
+        self.endpoints(id).any(|(_, e)| (e.ready || e.serving) && matches!(self.place(here, e), Place::Far(_)))
     }
 
     /// How near an endpoint is, for the order of DNS answers.

@@ -33,6 +33,7 @@ fn ends(max_connections: usize, clients: usize) -> (Vec<ErrorKind>, Rc<ProxyCoun
         mark: 0,
         max_connections,
         drain: 0,
+        beside_kube_proxy: false,
     };
     let (table, counters) = (Writer::new(Table::default()), Rc::new(ProxyCounters::default()));
     let here = Here { node: "here".into(), ..Here::default() };

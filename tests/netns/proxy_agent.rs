@@ -114,6 +114,7 @@ fn main() {
             mark: 0x4000_0000,
             max_connections: 2_000,
             drain: 0,
+            beside_kube_proxy: false,
         };
         let table = Writer::new(Table::default());
         table.update(|t| t.apply(Change::Begin(Source::Config)));

@@ -228,3 +228,18 @@ fn a_foreign_comment_that_names_us_is_not_ours() {
     let text = "*raw\n:WEFT-X - [0:0]\nCOMMIT\ngarbage\n-A\n*nat\n:\n-A \n-A x\nCOMMIT";
     assert!(!Saved::parse(text).ours());
 }
+
+#[test]
+fn a_jump_that_kube_proxy_has_come_before_is_moved_to_the_head_once() {
+    let ours = "-A PREROUTING -j WEFT-PRE\n";
+    let kube = "-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n";
+    let table = |rules: &str| format!("*nat\n:WEFT-PRE - [0:0]\n{rules}-A OUTPUT -j WEFT-SVC\nCOMMIT\n");
+    let [first, second] = [[ours, kube], [kube, ours]].map(|rules| Saved::parse(&table(&rules.concat())));
+    assert_ne!(first.digest(), second.digest());
+    let desired = desired(1);
+    let moved = ["-D PREROUTING -j WEFT-PRE", "-I PREROUTING 1 -j WEFT-PRE"];
+    let has = |saved: &Saved| moved.map(|line| apply(&desired, saved).lines().any(|l| l == line));
+    assert_eq!((has(&first), has(&second)), ([false; 2], [true; 2]));
+    let others = Saved::parse(&table(&format!("-A PREROUTING -j DOCKER\n{ours}")));
+    assert_eq!(has(&others), [false; 2], "others may want to be first");
+}

@@ -20,6 +20,7 @@ fn cfg() -> ProxyConfig {
         mark: 1,
         max_connections: 10,
         drain: 0,
+        beside_kube_proxy: false,
     }
 }
 
@@ -245,4 +246,23 @@ fn a_node_port_with_the_external_policy_local_turns_others_away_where_nothing_se
         let all = both(&table, &ProxyConfig { node_ports, ..cfg() }, &PORTS);
         assert_eq!(all.map(|rules| rules.last().unwrap().3), [inside, outside], "{node} {ready}");
     }
+}
+
+#[test]
+fn beside_kube_proxy_what_it_can_do_is_left_to_it() {
+    let mut table = Table::default();
+    for (name, vip, node, ready) in [
+        ("near", "10.96.0.1", "here", true),
+        ("far", "10.96.0.2", "elsewhere", true),
+        ("gone", "10.96.0.3", "elsewhere", false),
+    ] {
+        add_at(&mut table, name, vip, Some(node), Protocol::Tcp, ready, |s| s.ports = node_port(Protocol::Tcp));
+    }
+    let mut cfg = ProxyConfig { node_ports: vec!["192.168.0.0/16".parse().unwrap()], ..cfg() };
+    assert_eq!(rules(&table, &cfg).len(), 2 + 3 + 1);
+    cfg.beside_kube_proxy = true;
+    let [caught, outside] = both(&table, &cfg, &PORTS);
+    let vips = caught.iter().map(|r| (r.0.as_str(), r.1)).collect::<Vec<_>>();
+    assert_eq!(vips[2..], [("10.96.0.2", 80), ("192.168.1.1", 30_080)]);
+    assert_eq!(outside, [("192.168.1.1".to_owned(), 30_080, Protocol::Tcp, Action::Redirect(4000))]);
 }

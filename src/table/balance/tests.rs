@@ -268,10 +268,35 @@ fn an_endpoint_without_a_node_is_sought_among_the_nodes_addresses() {
 #[test]
 fn a_neighbour_is_dialled_directly() {
     let mut world = World::new(service(), vec![endpoint("10.1.0.2", Some("edge-2"))]);
-    world.here.neighbours.insert("edge-2".into());
+    world.here.neighbours = ["edge-2"].into_iter().collect();
     assert!(matches!(world.ask(VIP, 1, &[]), Ok(Target::Remote { .. })), "no network, no neighbours");
     world.here.network = "cloud".into();
     assert_eq!(world.ask(VIP, 1, &[]), Ok(Target::Local("10.1.0.2:8080".parse().unwrap())));
+    world.here.neighbours = ["cloud-*", "edge-*"].into_iter().collect();
+    assert!(matches!(world.ask(VIP, 1, &[]), Ok(Target::Local(_))), "by how it begins");
+    assert!(!world.table.needs_tunnel(&world.here, &service().id));
+    world.here.neighbours = ["cloud-*", "edge-20"].into_iter().collect();
+    assert!(matches!(world.ask(VIP, 1, &[]), Ok(Target::Remote { .. })));
+    assert!(world.table.needs_tunnel(&world.here, &service().id));
+}
+
+#[test]
+fn an_egress_opens_its_neighbours_endpoints_and_others_ask_it() {
+    let nobody = Nodes::default();
+    let mut world = World::new(service(), vec![endpoint("10.1.0.2", Some("cloud-2")), endpoint("10.1.0.3", None)]);
+    let (id, address) = (service().id, "10.1.0.2:8080".parse().unwrap());
+    let owns = |world: &World, to| world.table.owns(&world.here, &id, 80, Protocol::Tcp, to);
+    world.here.egress = vec![(["cloud-*"].into_iter().collect(), "cloud-1".into())];
+    let asked = (0..2).map(|_| world.ask(VIP, 1, &[]).unwrap()).find(|t| matches!(t, Target::Remote { .. }));
+    assert!(matches!(asked, Some(Target::Remote { node, address: to, .. }) if &*node == "cloud-1" && to == address));
+    (world.here.network, world.here.neighbours) = ("cloud".into(), ["cloud-*"].into_iter().collect());
+    assert!(!owns(&world, address), "the role is not ours");
+    world.here.is_egress = true;
+    assert!(owns(&world, address));
+    assert!(!owns(&world, "10.1.0.3:8080".parse().unwrap()), "nobody says that it is a neighbour's");
+    assert!(!owns(&world, "10.1.0.2:22".parse().unwrap()), "no endpoint");
+    world.here.neighbours = nobody;
+    assert!(!owns(&world, address), "of another network");
 }
 
 #[test]

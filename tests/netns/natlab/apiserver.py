@@ -157,8 +157,8 @@ class ApiServer:
             raise AssertionError(f"{method} {path}: {status} {answer}")
         return answer
 
-    def apply(self, path):
-        # A kubeconfig for kubectl alone.
+    def kubeconfig(self):
+        """For kubectl and its like, which may do all."""
         def inline(name):
             with open(f"{self.folder}/{name}", "rb") as f:
                 return base64.b64encode(f.read()).decode()
@@ -168,6 +168,9 @@ class ApiServer:
                   "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}]}
         with open(f"{self.folder}/kubeconfig", "w", encoding="ascii") as f:
             json.dump(config, f)
+
+    def apply(self, path):
+        self.kubeconfig()
         return self.node.run(f"{BIN}/kubectl", "--kubeconfig", f"{self.folder}/kubeconfig", "apply", "-f", path)
 
     def token(self, account):

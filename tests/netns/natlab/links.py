@@ -46,6 +46,11 @@ class Link:
         for _, far in self.ends().values():
             self._ingress(far, "most", size and f"ip length > {size} drop")
 
+    def lose(self, percent):
+        """So much is lost of what comes, each way, and all else about the link stays as it is; 0: nothing."""
+        for _, far in self.ends().values():
+            self._ingress(far, "lose", percent and f"numgen random mod 1000000 < {int(percent * 10000)} drop")
+
     def clear(self):
         for shim in self.shims:
             shim.end(1.0)
