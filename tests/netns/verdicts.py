@@ -59,7 +59,9 @@ def judge(net, a, b, count=COUNT):
         for near, far in ((a, b), (b, a)):
             peer = near.agent.peer(far.name)
             want = f"ours: {words(near.kind)}, theirs: {words(far.kind)}"
-            expect(peer.get("path") == "relay" and want in peer.get("note", ""), f"{near.kind}: wanted {want!r}: {peer}")
+            # Ports that a NAT draws may be neighbours by chance.
+            note = peer.get("note", "").replace(" with sequential ports", "")
+            expect(peer.get("path") == "relay" and want in note, f"{near.kind}: wanted {want!r}: {peer}")
         said.append(peer["note"])
     return "; ".join(said)
 
