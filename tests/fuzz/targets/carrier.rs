@@ -6,6 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::OnceLock;
 use weft::{
     carrier::{
+        connect::{HEAD_MAX, Proxy},
         noise::{DATAGRAM_MAX, Dialer, HELLO_LEN, Identity, OVERHEAD, Opener, PREFIX, REPLY_LEN, answer, recognise},
         tls::{Greeting, HELLO_MAX, Server},
     },
@@ -76,6 +77,30 @@ fn stream(input: &[u8]) {
     }
 }
 
+/// A proxy's answer that comes byte by byte: what was taken or refused once stays so, and there is an end to waiting.
+fn proxied(input: &[u8]) {
+    let input = &input[..input.len().min(600)]; // each beginning is looked at
+    let proxy: Proxy = "http://u:p@proxy.example:3128".parse().unwrap();
+    for answer in [input, &[b"HTTP/1.1 ", input].concat()] {
+        let ends = answer.windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4);
+        let first = (0..=answer.len()).map(|len| (len, proxy.judge(&answer[..len]))).find(|(_, j)| *j != Ok(false));
+        match first {
+            None => assert!(ends.is_none() && answer.len() < HEAD_MAX),
+            Some((len, Ok(_))) => assert!(Some(len) == ends && answer[9] == b'2', "taken after {len} bytes"),
+            Some((len, Err(why))) => {
+                assert!(ends.is_none_or(|end| len <= end) && !why.chars().any(char::is_control), "{why:?}");
+                assert!(proxy.judge(answer).is_err(), "refused after {len} bytes, and then taken");
+            }
+        }
+    }
+    // What is read of a config shows no password, and asks for one thing.
+    if let Ok(proxy) = String::from_utf8_lossy(input).parse::<Proxy>() {
+        let request = proxy.request("relay.example", 443);
+        assert!(request.ends_with("\r\n\r\n") && request.matches("\r\n\r\n").count() == 1, "{request:?}");
+        assert!(!proxy.shown().contains('@') && proxy.port != 0);
+    }
+}
+
 fuzz_target!(|input: &[u8]| {
     static TLS: OnceLock<Server> = OnceLock::new();
     let relay = identity();
@@ -111,4 +136,5 @@ fuzz_target!(|input: &[u8]| {
         assert!(taken <= HELLO_MAX);
     }
     stream(input);
+    proxied(input);
 });
