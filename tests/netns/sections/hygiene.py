@@ -168,7 +168,7 @@ def rows_f(w, case):
             else:
                 for tool in tools:
                     os.unlink(tool)
-                os.symlink(real, tools[0])
+                    os.symlink(real, tool)
         begin = time.monotonic()
         wait_for(lambda: w.tries(w.ask, "10.96.1.95", timeout=1) == "a", RETRY + 15, what=lambda: f"it serves; {w.agent.tail()}")
         return f"serves {time.monotonic() - begin:.1f} s after it was let"

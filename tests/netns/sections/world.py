@@ -81,7 +81,10 @@ class World:
             os.makedirs(tools)
             for tool in ("iptables-restore", "iptables-save", "iptables", "ip6tables-restore", "ip6tables-save", "ip6tables"):
                 variant = backend.split("-")[1]
-                os.symlink(shutil.which(tool.replace("tables", f"tables-{variant}")), f"{tools}/{tool}")
+                named = tool.replace("tables", f"tables-{variant}")
+                # By either name, as it is asked for where legacy tables are there already.
+                for name in (tool, named):
+                    os.symlink(shutil.which(named), f"{tools}/{name}")
             env = {"PATH": f"{tools}:{os.environ['PATH']}"}
         kind = "iptables" if env else "nft"
         self.cluster.relay()
