@@ -32,6 +32,15 @@ class Sender:
         wait_for(lambda: self.last == want and self.at > begin, within, 0.05, what=what)
         return f"{time.monotonic() - begin:.1f} s"
 
+    def moves(self, change):
+        """It goes on while its backend is replaced; and then no more."""
+        try:
+            self.hears(b"a:tick", 10, "the first backend")
+            change()
+            return self.hears(b"b:tick", 5, "the new backend")
+        finally:
+            self.over = True
+
 
 def rows_d(w, case):
     dns = ports("53/UDP:5300")
@@ -42,27 +51,15 @@ def rows_d(w, case):
 
     def replaced():
         changed([w.a])
-        sender = Sender(w.one.client, "10.96.1.52")
-        try:
-            sender.hears(b"a:tick", 10, "the first backend")
-            changed([w.b])
-            took = sender.hears(b"b:tick", 5, "the new backend")
-        finally:
-            sender.over = True
-        return took
+        return Sender(w.one.client, "10.96.1.52").moves(lambda: changed([w.b]))
     case(52, "replaced-while-sending", replaced)
 
     def by_node_port():
-        w.kube.service("r53", "10.96.1.53", ports("53/UDP:5300:u:30053"), [w.a], type="NodePort")
-        w.kube.write()
-        sender = Sender(w.outside(), w.one.gateway.address, 30053)
-        try:
-            sender.hears(b"a:tick", 10, "the first backend")
-            w.kube.service("r53", "10.96.1.53", ports("53/UDP:5300:u:30053"), [w.b], type="NodePort")
+        def opened(endpoint):
+            w.kube.service("r53", "10.96.1.53", ports("53/UDP:5300:u:30053"), [endpoint], type="NodePort")
             w.kube.write()
-            return sender.hears(b"b:tick", 5, "the new backend")
-        finally:
-            sender.over = True
+        opened(w.a)
+        return Sender(w.outside(), w.one.gateway.address, 30053).moves(lambda: opened(w.b))
     case(53, "replaced-while-sending.node-port", by_node_port)
 
     def by_internal_policy():
@@ -70,13 +67,7 @@ def rows_d(w, case):
             w.kube.service("r54", "10.96.1.54", dns, [endpoint], internalTrafficPolicy="Local")
             w.kube.write()
         local(w.a)
-        sender = Sender(w.one.client, "10.96.1.54")
-        try:
-            sender.hears(b"a:tick", 10, "the first backend")
-            local(w.b)
-            return sender.hears(b"b:tick", 5, "the new backend")
-        finally:
-            sender.over = True
+        return Sender(w.one.client, "10.96.1.54").moves(lambda: local(w.b))
     case(54, "replaced-while-sending.internal-policy-local", by_internal_policy)
 
     def first_none():

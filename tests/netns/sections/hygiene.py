@@ -5,9 +5,9 @@ import os
 import threading
 import time
 
-from natlab import wait_for
-from report import expect
+from natlab import servers, wait_for
 from natlab.weft import Agent
+from report import expect
 from stage import refused
 
 from .world import eq, ports, seen
@@ -80,7 +80,6 @@ def rows_f(w, case):
     def nobody_is_refused_at_first():
         """Of a list that is not whole no rule says that a Service has no endpoint."""
         host = w.lab.host("late")
-        from natlab import servers
         served = servers.Service(host, 8080, servers.says("late"))
         api = http.server.ThreadingHTTPServer(("", 0), LateApi, bind_and_activate=False)
         api.socket.close()

@@ -70,6 +70,43 @@ class Udp:
                     self.socket.sendto(self.name + b":" + data if len(data) < 65000 else data, peer)
 
 
+def variant(lab, kind):
+    """An environment whose iptables is that one: iptables-nft, iptables-legacy."""
+    folder = f"{lab.folder}/{kind}"
+    if not os.path.isdir(folder):
+        os.makedirs(folder)
+        for tool in ("iptables-restore", "iptables-save", "iptables", "ip6tables-restore", "ip6tables-save", "ip6tables"):
+            named = tool.replace("tables", f"tables-{kind.split('-')[1]}")
+            # By either name, as it is asked for where legacy tables are there already.
+            for name in (tool, named):
+                os.symlink(shutil.which(named), f"{folder}/{name}")
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def ask(node, address, port=80, timeout=3.0):
+    """What the TCP server there calls itself."""
+    with node.tcp(address, port, timeout=timeout) as s:
+        return read_all(s).decode().split()[0]
+
+
+def datagram(node, address, port=53, data=b"ping", timeout=3.0, s=None):
+    own = s or node.udp("::" if ":" in address else "0.0.0.0", timeout=timeout)
+    try:
+        own.connect((address, port))
+        own.send(data)
+        return own.recv(65535)
+    finally:
+        if s is None:
+            own.close()
+
+
+def tries(action, *args, **kw):
+    """None where it fails."""
+    with contextlib.suppress(OSError):
+        return action(*args, **kw)
+    return None
+
+
 class World:
     def __init__(self, lab, backend):
         self.lab, self.backend = lab, backend
@@ -77,15 +114,7 @@ class World:
         self.one, self.two = self.cluster.sites.values()
         env = None
         if backend.startswith("iptables"):
-            tools = f"{lab.folder}/{backend}"
-            os.makedirs(tools)
-            for tool in ("iptables-restore", "iptables-save", "iptables", "ip6tables-restore", "ip6tables-save", "ip6tables"):
-                variant = backend.split("-")[1]
-                named = tool.replace("tables", f"tables-{variant}")
-                # By either name, as it is asked for where legacy tables are there already.
-                for name in (tool, named):
-                    os.symlink(shutil.which(named), f"{tools}/{name}")
-            env = {"PATH": f"{tools}:{os.environ['PATH']}"}
+            env = variant(lab, backend)
         kind = "iptables" if env else "nft"
         self.cluster.relay()
         self.agent = self.cluster.edge("edge-1", files=[], env=env, proxy={"backend": kind, "external_ips": True})
@@ -111,24 +140,12 @@ class World:
         return (site or self.one).routers[-1]
 
     def ask(self, address, port=80, node=None, timeout=2.0):
-        """What the TCP server at a virtual address calls itself."""
-        with (node or self.one.client).tcp(address, port, timeout=timeout) as s:
-            return read_all(s).decode().split()[0]
+        return ask(node or self.one.client, address, port, timeout)
 
     def datagram(self, address, port=53, node=None, data=b"ping", timeout=3.0, s=None):
-        own = s or (node or self.one.client).udp("::" if ":" in address else "0.0.0.0", timeout=timeout)
-        try:
-            own.connect((address, port))
-            own.send(data)
-            return own.recv(65535)
-        finally:
-            if s is None:
-                own.close()
+        return datagram(node or self.one.client, address, port, data, timeout, s)
 
-    def tries(self, action, *args, **kw):
-        with contextlib.suppress(OSError):
-            return action(*args, **kw)
-        return None
+    tries = staticmethod(tries)
 
     def refused_udp(self, address, port, node=None):
         try:
