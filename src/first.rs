@@ -80,8 +80,8 @@ pub(crate) async fn key(pool: &Pool, client: &Async<TcpStream>, name: &str) -> O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pump;
     use crate::reactor::block_on;
+    use crate::streamed;
     use std::{
         io::{Read, Write},
         net::TcpListener,
@@ -101,7 +101,7 @@ mod tests {
         assert_eq!(block_on(early(&pool, &socket, &mut stream)), Early::Sent(5));
         client.write_all(b" HTTP").unwrap();
         drop(client);
-        pump::take(&socket, 5).unwrap();
+        streamed::take(&socket, 5).unwrap();
         socket.set_nonblocking(false).unwrap();
         let mut rest = String::new();
         socket.read_to_string(&mut rest).unwrap();

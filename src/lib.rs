@@ -115,7 +115,7 @@ pub mod shared;
 pub mod snapshot;
 pub mod sockets;
 pub mod sorted;
-mod streamed;
+pub mod streamed;
 pub mod sys;
 pub mod table;
 pub mod tasks;

@@ -19,7 +19,7 @@ use crate::{
     pump::{self, Pool},
     reactor::{Async, LocalExecutor, Timer},
     shared::{Bell, Reader},
-    sys,
+    streamed, sys,
     table::{
         Table,
         balance::{Ask, Balancer, Here, NoTarget, Target},
@@ -336,7 +336,8 @@ async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, ope
             Ok(socket) => {
                 stream.answer(&Ok(()));
                 let counters = &shared.counters;
-                let done = pump::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
+                let done =
+                    streamed::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
                 return log::debug!("{wanted} for {peer}: {done:?}");
             }
             Err(e) => {
@@ -485,13 +486,13 @@ impl Shared {
             }
         };
         to.worked();
-        if let Err(e) = pump::take(client.get_ref(), sent) {
+        if let Err(e) = streamed::take(client.get_ref(), sent) {
             return (Attempt::Done(Err(e)), None);
         }
         crate::metrics::add(&self.counters.bytes_up, sent as u64);
         let own = Moved::default();
         let [up, down] = to.counts(&own);
-        let done = to.limited(pin!(pump::stream(&self.pool, client, stream, up, down)), &own).await;
+        let done = to.limited(pin!(streamed::stream(&self.pool, client, stream, up, down)), &own).await;
         (Attempt::Done(done), None)
     }
 

@@ -1,7 +1,5 @@
 //! Two-way copy with half-close: splice(2) between two sockets where there is much to move and a copy where there is
-//! little; [`stream`] is for those with a stream of the tunnel. An idle connection owns neither buffer nor pipe.
-
-pub use crate::streamed::{stream, take};
+//! little; [`crate::streamed`] is for those with a stream of the tunnel. An idle connection owns neither buffer nor pipe.
 
 use crate::reactor::Async;
 use crate::{metrics::add, sys};

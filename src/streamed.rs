@@ -70,6 +70,21 @@ async fn into_stream<S: AsyncWrite + Unpin>(
     }
 }
 
+/// Writes of these bytes, which are some, what the stream takes; counts it.
+fn put<S: AsyncWrite + Unpin>(
+    cx: &mut Context<'_>,
+    to: &RefCell<S>,
+    bytes: &[u8],
+    count: &Cell<u64>,
+) -> Poll<io::Result<usize>> {
+    let written = ready!(Pin::new(&mut *to.borrow_mut()).poll_write(cx, bytes))?;
+    if written == 0 {
+        return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+    }
+    add(count, written as u64);
+    Poll::Ready(Ok(written))
+}
+
 /// One read and its write; what the stream does not take at once is kept, at most [`HELD`].
 async fn handed<S: AsyncWrite + Unpin>(
     pool: &Pool,
@@ -77,19 +92,13 @@ async fn handed<S: AsyncWrite + Unpin>(
     to: &RefCell<S>,
     count: &Cell<u64>,
 ) -> io::Result<(Burst, usize)> {
-    let write = |cx: &mut Context<'_>, bytes: &[u8]| match Pin::new(&mut *to.borrow_mut()).poll_write(cx, bytes) {
-        Poll::Ready(Ok(0)) => Poll::Ready(Err(ErrorKind::WriteZero.into())),
-        Poll::Ready(Ok(n)) => {
-            add(count, n as u64);
-            Poll::Ready(Ok(n))
-        }
-        other => other,
-    };
     let done = poll_fn(|cx| {
         Poll::Ready(pool.scratch(|scratch| {
             let n = from.get_ref().read(&mut scratch[..HELD])?;
-            let written = if n == 0 { Poll::Pending } else { write(cx, &scratch[..n]) };
-            let written = match written {
+            if n == 0 {
+                return Ok((0, Vec::new()));
+            }
+            let written = match put(cx, to, &scratch[..n], count) {
                 Poll::Ready(done) => done?,
                 Poll::Pending => 0,
             };
@@ -104,7 +113,7 @@ async fn handed<S: AsyncWrite + Unpin>(
     };
     let mut rest = &rest[..];
     while !rest.is_empty() {
-        let written = poll_fn(|cx| write(cx, rest)).await?;
+        let written = poll_fn(|cx| put(cx, to, rest, count)).await?;
         rest = &rest[written..];
     }
     Ok(match n {
@@ -114,6 +123,7 @@ async fn handed<S: AsyncWrite + Unpin>(
     })
 }
 
+/// One look and its write.
 async fn shown<S: AsyncWrite + Unpin>(
     pool: &Pool,
     from: &Async<TcpStream>,
@@ -129,12 +139,8 @@ async fn shown<S: AsyncWrite + Unpin>(
                 Err(e) if e.kind() == ErrorKind::Interrupted => return Poll::Ready(Ok((Burst::Spent, 0))),
                 Err(e) => return Poll::Ready(Err(e)),
             };
-            let written = ready!(Pin::new(&mut *to.borrow_mut()).poll_write(cx, waiting))?;
-            if written == 0 {
-                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
-            }
+            let written = ready!(put(cx, to, waiting, count))?;
             take(from.get_ref(), written)?;
-            add(count, written as u64);
             let all = written == waiting.len() && written < SCRATCH;
             Poll::Ready(Ok((if all { Burst::Dry } else { Burst::Spent }, written)))
         })

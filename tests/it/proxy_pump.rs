@@ -16,8 +16,9 @@ use std::{
     time::Duration,
 };
 use weft::{
-    pump::{Pool, sockets, stream},
+    pump::{Pool, sockets},
     reactor::{Async, LocalExecutor, Timer},
+    streamed::stream,
     sys,
 };
 
