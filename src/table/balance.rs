@@ -182,7 +182,8 @@ impl Table {
     }
 
     /// The far end's check of a peer's wish: the endpoint belongs to that port of the Service and is on this node, or
-    /// it has no node and its address is one of this node's; an egress opens those of its neighbours too. A peer is not an open proxy.
+    /// it has no node and its address is one of this node's; an egress opens those of its neighbours too. A peer is not
+    /// an open proxy.
     #[must_use]
     pub fn owns(&self, here: &Here, id: &ServiceId, port: u16, protocol: Protocol, endpoint: SocketAddr) -> bool {
         let Some(service) = self.service_by_id(id).filter(|s| !s.not_proxied) else { return false };

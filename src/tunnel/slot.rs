@@ -163,7 +163,7 @@ impl Slot {
             self.conn.local_address_changed();
         }
         // The ACK of a packet of before a silence measures the silence, and quinn would then wait as long for each next.
-        // It need not be in the first packet that comes.
+        // It need not come in the first packet; but a first sample is no jump.
         let spans = (due || rtt != RTT_FIRST) && self.conn.rtt() > rtt * 2 + PULSE / 4;
         if spans || self.conn.rtt() > RTT_MOST {
             self.conn.path_changed(now);
