@@ -37,8 +37,8 @@ class Report:
             self.line("FAIL" if must else "skip", name, e)
             return False
         except Exception as e:  # noqa: BLE001: one broken case must not hide the others
-            where = traceback.extract_tb(e.__traceback__)[-1]
-            self.line("FAIL", name, f"{type(e).__name__}: {str(e)[:1500]} ({os.path.basename(where.filename)}:{where.lineno})")
+            where = " in ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in traceback.extract_tb(e.__traceback__)[:0:-1][:5])
+            self.line("FAIL", name, f"{type(e).__name__}: {str(e)[:1500]} ({where})")
             return False
         self.line("ok", name, f"{detail or ''} [{time.monotonic() - begin:.1f} s]")
         return True
