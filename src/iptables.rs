@@ -1,14 +1,14 @@
 //! The driver of the iptables backend: runs iptables-save and iptables-restore, one transaction for a change set.
 
 use crate::{
-    exec, netlink,
+    exec, netlink, nft,
     proxy::{
         iptables::{self, Saved},
         rules::Desired,
     },
     rules::Synced,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
@@ -17,6 +17,9 @@ use std::{
 
 /// Seconds that iptables waits for its lock.
 const LOCK_WAIT: &str = "5";
+
+/// How often our jumps are put to the head when kube-proxy's come before them while we write: it starts, too.
+const TRIES: usize = 3;
 
 /// What we know of the kernel from the last sync.
 #[derive(Debug)]
@@ -81,7 +84,7 @@ impl Iptables {
     /// # Errors
     /// What iptables complained about; of IPv6 when the rules of IPv4 are in place.
     pub async fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
-        let mut all = Synced { wrote: false, rules: 0 };
+        let mut all = Synced { wrote: false, rules: 0, generation: None };
         for ((slot, desired), v4) in self.families.iter_mut().zip(desired).zip([true, false]) {
             let Some(desired) = desired else {
                 if let Some(one) = slot.take() {
@@ -94,7 +97,9 @@ impl Iptables {
                 None => slot.insert(One::new(v4).await?),
             };
             let synced = one.sync(desired, look).await?;
-            all = Synced { wrote: all.wrote | synced.wrote, rules: all.rules + synced.rules };
+            // The earlier one: what has changed since then may not have been seen.
+            let generation = all.generation.or(synced.generation);
+            all = Synced { wrote: all.wrote | synced.wrote, rules: all.rules + synced.rules, generation };
         }
         Ok(all)
     }
@@ -114,23 +119,30 @@ impl One {
     async fn sync(&mut self, desired: &Rc<Desired>, look: bool) -> Result<Synced> {
         let same = self.applied.as_ref() == Some(desired);
         if same && !look {
-            return Ok(Synced { wrote: false, rules: self.rules });
+            return Ok(Synced { wrote: false, rules: self.rules, generation: None });
         }
-        let saved = self.tools.save().await?;
+        let mut generation = nft::generation();
+        let mut saved = self.tools.save().await?;
         if self.applied.is_some() && saved.digest() != self.digest {
             log::warn!("rules: somebody has changed or flushed ours; they are put back");
         } else if same {
-            return Ok(Synced { wrote: false, rules: self.rules });
+            return Ok(Synced { wrote: false, rules: self.rules, generation });
         }
         self.applied = None;
         let made: Vec<_> = iptables::made(&saved).filter(|kind| !self.made.contains(kind)).collect();
         self.made.extend(made);
-        self.tools.restore(&iptables::apply(desired, &saved, &self.made)).await?;
-        let saved = self.tools.save().await?;
-        self.digest = saved.digest();
-        self.rules = saved.counts().1;
-        self.applied = Some(Rc::clone(desired));
-        Ok(Synced { wrote: true, rules: self.rules })
+        for _ in 0..TRIES {
+            self.tools.restore(&iptables::apply(desired, &saved, &self.made)).await?;
+            generation = nft::generation();
+            saved = self.tools.save().await?;
+            if !saved.behind() {
+                self.digest = saved.digest();
+                self.rules = saved.counts().1;
+                self.applied = Some(Rc::clone(desired));
+                return Ok(Synced { wrote: true, rules: self.rules, generation });
+            }
+        }
+        bail!("somebody puts the jumps to KUBE-SERVICES before ours as often as we put ours before them");
     }
 }
 

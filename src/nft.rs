@@ -175,6 +175,7 @@ impl Nft {
     /// When the kernel refuses.
     pub fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
         let Self { socket, families } = self;
+        let mut listed = look.then(generation).flatten();
         let mut batch = Batch::default();
         let mut fresh = [false; 2];
         for ((known, desired), (family, fresh)) in
@@ -200,6 +201,9 @@ impl Nft {
         }
         let wrote = !batch.is_empty();
         commit(socket, batch).map_err(cannot).context("nf_tables: the kernel refuses the rules")?;
+        if wrote {
+            listed = generation();
+        }
         let mut rules = 0;
         for ((known, desired), (family, fresh)) in families.iter_mut().zip(desired).zip(FAMILIES.into_iter().zip(fresh))
         {
@@ -210,7 +214,7 @@ impl Nft {
             known.applied.clone_from(desired);
             rules += desired.as_ref().map_or(0, |desired| known.sum.rules + ruleset::count(desired));
         }
-        Ok(Synced { wrote, rules })
+        Ok(Synced { wrote, rules, generation: listed })
     }
 }
 

@@ -151,6 +151,8 @@ pub struct Synced {
     pub wrote: bool,
     /// Rules in the kernel, and elements of maps.
     pub rules: usize,
+    /// Of nf_tables, before it was last listed what is there; None: it was not.
+    pub generation: Option<u32>,
 }
 
 /// Who writes the rules.
@@ -442,9 +444,7 @@ impl Rules {
             bump(&self.counters.rule_syncs);
             log::debug!("rules: {} in the kernel", synced.rules);
         }
-        if look || synced.wrote {
-            known.generation = nft::generation();
-        }
+        known.generation = synced.generation.or(known.generation);
         status.rules = synced.rules;
         known.writes = Some(writes);
         for (settled, desired) in known.settled.iter_mut().zip(desired) {

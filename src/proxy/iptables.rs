@@ -191,6 +191,13 @@ impl Saved {
         Kind::ALL.iter().any(|k| self.table(*k).ours())
     }
 
+    /// Whether a jump of ours comes after kube-proxy's.
+    #[must_use]
+    pub fn behind(&self) -> bool {
+        let late = |table: &SavedTable| table.jumps.iter().any(|(chain, _)| table.behind.contains(chain));
+        Kind::ALL.iter().any(|k| late(self.table(*k)))
+    }
+
     /// A sum over each chain, jump and rule of ours: it stays the same where nobody has touched ours.
     #[must_use]
     pub fn digest(&self) -> u64 {
@@ -291,7 +298,8 @@ pub fn made(saved: &Saved) -> impl Iterator<Item = Kind> + '_ {
 }
 
 /// The text that brings about what we want from what is there. Our own chains are rewritten; a jump that
-/// is there stays where it is, but behind kube-proxy's: two programs that both want to be first would never come to rest.
+/// is there stays where it is, but behind kube-proxy's: two programs that both want to be first would never come to
+/// rest.
 /// `made` holds the tables that were not there before us, see [`made`].
 #[must_use]
 pub fn apply(desired: &Desired, saved: &Saved, made: &[Kind]) -> String {

@@ -236,6 +236,7 @@ fn a_jump_that_kube_proxy_has_come_before_is_moved_to_the_head_once() {
     let table = |rules: &str| format!("*nat\n:WEFT-PRE - [0:0]\n{rules}-A OUTPUT -j WEFT-SVC\nCOMMIT\n");
     let [first, second] = [[ours, kube], [kube, ours]].map(|rules| Saved::parse(&table(&rules.concat())));
     assert_ne!(first.digest(), second.digest());
+    assert_eq!((first.behind(), second.behind()), (false, true));
     let desired = desired(1);
     let moved = ["-D PREROUTING -j WEFT-PRE", "-I PREROUTING 1 -j WEFT-PRE"];
     let has = |saved: &Saved| moved.map(|line| apply(&desired, saved).lines().any(|l| l == line));

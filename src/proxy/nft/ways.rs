@@ -8,6 +8,9 @@ use super::{
 use crate::sorted::{Map, Set};
 use std::fmt;
 
+/// Of iptables-nft; kube-proxy's jumps in them must not come before ours.
+const BUILT_IN: [&str; 4] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT"];
+
 /// What says whose rule it is, to us and to who lists the chain; of the address of each family.
 const COMMENTS: [(Family, &str); 2] =
     [(Family::V4, "weft: connections to Services"), (Family::V6, "weft: connections to Services by IPv6")];
@@ -177,7 +180,9 @@ pub fn concerns_us(kind: u16, body: &[u8]) -> bool {
     attr(inside, 1).and_then(text) == Some(TABLE)
         || is(&[Kind::NewTable, Kind::DelTable])
         || is(&[Kind::NewChain, Kind::DelChain]) && attr(inside, 4).is_some()
-        || is(&[Kind::NewRule, Kind::DelRule]) && attr(inside, 7).and_then(ours).is_some()
+        || is(&[Kind::NewRule, Kind::DelRule])
+            && (attr(inside, 7).and_then(ours).is_some()
+                || attr(inside, 2).and_then(text).is_some_and(|chain| BUILT_IN.contains(&chain)))
 }
 
 enum End {

@@ -146,6 +146,8 @@ fn notifications_that_concern_us() {
         })
     ));
     assert!(new(Kind::DelRule, &rule_of(INET, "fw4", "input", 5, &[], &comment(Family::V4))));
+    assert!(new(Kind::NewRule, &rule_of(V4, "nat", "PREROUTING", 5, &[], b"kube-proxy's jump")));
+    assert!(!new(Kind::NewRule, &rule_of(V4, "nat", "KUBE-SERVICES", 5, &[], b"kube-proxy's Service")));
     // A bridge's table of our name is none of ours.
     assert!(!new(Kind::DelRule, &body(7, |a| a.text(1, TABLE))));
 }
