@@ -57,7 +57,8 @@
 //! `connect` begins connections, of others only as far as `admit` finds them worth public-key work; `windows` gives
 //! each what its path needs out of one budget, `congestion` picks BBR or Cubic by the path and bounds the former.
 //!
-//! A session of UDP is a stream: `datagrams` that fit into one packet go beside it, larger ones in it.
+//! A session of UDP is a stream: `datagrams` that fit into one packet go beside it, and each `large` one by a stream of its
+//! own, at whose end `gather` has put it together. Within 5 s it is whole, or given up.
 //!
 //! A node registers at every relay of its list and tells each where it is to be found. Two of them carry its data:
 //! the nearest, and one that stands by, through which there is a flow to each live peer beside the first. A relay
@@ -67,7 +68,8 @@
 //! Where UDP is dead `carrier` takes the datagrams for a relay by TCP instead: `detour` opens such connections at a node,
 //! `reception` takes them at a relay, to which such a node is one more address. The tunnel itself knows no difference.
 //!
-//! Where this differs from the first design: relay data carries no counter (13 bytes have no room for one;
+//! Where this differs from the first design: no datagram of UDP is cut into fragments, since a stream of its own costs two
+//! or three packets no more and none is lost for one of them; relay data carries no counter (13 bytes have no room for one;
 //! the tag covers length and first 16 bytes, which no two QUIC packets share), and what STUN would tell, the
 //! relay's sealed PONG tells. A node's entry is not signed, since its key is one for key agreement: who leaves it
 //! has registered under that key, and a relay that lies of it gains no more than by its silence.

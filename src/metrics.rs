@@ -144,6 +144,14 @@ counters! {
         tcp_full,
         /// Datagrams dropped because a TCP connection was full.
         tcp_drops,
+        /// Datagrams of UDP Services that were too large for one packet, each sent as a stream of its own.
+        udp_streams,
+        /// Datagrams of UDP Services dropped at either end: too many bytes of them waited.
+        udp_full,
+        /// Large datagrams of UDP Services given up at either end: they were not whole in time.
+        udp_late,
+        /// Streams of peers dropped: no datagram, a malformed one, or one of no session.
+        udp_strays,
         /// Handshakes put off: the budget for public-key work or the room for them was used up.
         budget_exceeded,
         /// Connections closed because there were too many.

@@ -1,6 +1,7 @@
 //! UDP Services: a socket for each port, a session with a socket of its own for each client. Through the tunnel a session
-//! is a stream: small datagrams go beside it, and those that need several packets in it, in frames: length u16, bytes. So
-//! none is lost for one lost packet of many, and the small ones wait for nobody.
+//! is a stream, and datagrams go beside it, those that need several packets each by a stream of its own: none is lost for
+//! one lost packet of many, and none waits for another. In the session's stream, in frames (length u16, bytes), go only
+//! those for a node of an earlier version.
 
 use crate::sorted::Map;
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
         balance::{Ask, NoTarget, Target},
         model::{Name, Protocol},
     },
-    tunnel::{Handle, Open, Refusal, TunnelStream},
+    tunnel::{Beside, Handle, Open, Refusal, TunnelStream, gather::DATAGRAM_MAX},
 };
 use futures_lite::{
     AsyncRead, AsyncWrite,
@@ -51,8 +52,6 @@ const QUEUES_MAX: usize = 1024 * 1024;
 /// Clients' sessions through the tunnel; they must leave room for connections among the streams that a peer allows (1,024).
 /// When full the one that has been silent for longest ends.
 const FAR_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
-/// RFC 768: the length field, less the headers of UDP and IPv4.
-const DATAGRAM_MAX: usize = 65_507;
 
 /// A session's stream, one end of it, and the datagrams that wait for it.
 #[derive(Debug)]
@@ -74,8 +73,9 @@ impl Queue {
 
     /// Sends a datagram, or has it wait; false where there is no room.
     fn push(&self, bytes: &[u8]) -> bool {
-        if self.stream.borrow().as_ref().is_some_and(|s| s.borrow().send_datagram(bytes)) {
-            return true;
+        let became = self.stream.borrow().as_ref().map_or(Beside::InStream, |s| s.borrow().send_datagram(bytes));
+        if became != Beside::InStream {
+            return became == Beside::Sent;
         }
         let room = self.bytes.get() + bytes.len() <= QUEUE_MAX && self.total.get() + bytes.len() <= QUEUES_MAX;
         if room {
@@ -103,7 +103,9 @@ async fn carry(queue: &Queue, stream: TunnelStream, take: impl Fn(&[u8])) -> io:
         let mut bell = queue.bell.listen();
         loop {
             while let Some(bytes) = queue.pop() {
-                if !stream.borrow().send_datagram(&bytes) {
+                // One that is dropped is counted there.
+                let became = stream.borrow().send_datagram(&bytes);
+                if became == Beside::InStream {
                     write_frame(&stream, &bytes).await?;
                 }
             }

@@ -74,7 +74,8 @@ impl Node {
         }
         self.measure(now, index);
         let slot = self.slots.get_mut(index)?;
-        let at = slot.timeout().into_iter().chain(slot.deadline()).min();
+        let large = slot.large.as_ref().and_then(|large| large.poll_timeout());
+        let at = slot.timeout().into_iter().chain(slot.deadline()).chain(large).min();
         self.slots.wake(index, at);
         None
     }
@@ -97,7 +98,8 @@ impl Node {
             slot.conn.set_receive_window(size.into());
         }
         if let Some(size) = change.send {
-            slot.conn.set_send_window(size.into());
+            let beside = slot.large.as_ref().map_or(0, |large| large.flying());
+            slot.conn.set_send_window(u64::from(size) + beside);
         }
         self.touch(index);
     }

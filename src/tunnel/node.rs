@@ -11,6 +11,7 @@ use super::{
     home::{Action, Homes, RelaySpec},
     keys::{Key, derive},
     lan::Lan,
+    large::Totals,
     noise::{Local, PeerIdentity, Purpose},
     outbox::Outbox,
     path::{Path, Way, canonical},
@@ -133,6 +134,7 @@ pub struct Node {
     pub(super) pilot: Pilot,
     pub(super) reach: Reach,
     pub(super) budget: Budget,
+    pub(super) larges: Totals,
     pub(super) effort: Effort,
     /// When public-key work began that was not accounted for yet.
     pub(super) working_since: Option<Instant>,
@@ -176,6 +178,7 @@ impl Node {
             pilot: Pilot::default(),
             reach: Reach::default(),
             budget: Budget::new(limits),
+            larges: Totals::default(),
             effort: Effort::new(now),
             working_since: None,
             count,
@@ -348,6 +351,7 @@ impl Node {
                 slot.expire(now);
                 self.touch(*index);
             }
+            self.large_late(now, *index);
         }
         let mut actions = Vec::new();
         self.homes.handle_timeout(now, &mut self.outbox, &mut actions);
@@ -425,17 +429,25 @@ impl Node {
         match event {
             QuicEvent::Connected => self.connected(now, index),
             QuicEvent::ConnectionLost { reason } => self.connection_lost(now, index, &reason),
-            QuicEvent::Stream(StreamEvent::Opened { .. }) => self.accept_streams(index),
-            QuicEvent::Stream(StreamEvent::Readable { id }) => self.readable(index, id),
-            QuicEvent::Stream(StreamEvent::Writable { id } | StreamEvent::Stopped { id, .. }) => {
-                self.writable(index, id)
-            }
-            QuicEvent::Stream(StreamEvent::Finished { .. }) => {}
-            QuicEvent::Stream(StreamEvent::Available { dir: Dir::Bi }) => self.open_waiting(index),
-            QuicEvent::Stream(StreamEvent::Available { dir: Dir::Uni })
-            | QuicEvent::HandshakeDataReady
-            | QuicEvent::DatagramsUnblocked => {}
+            QuicEvent::Stream(event) => self.handle_stream(now, index, event),
+            QuicEvent::HandshakeDataReady | QuicEvent::DatagramsUnblocked => {}
             QuicEvent::DatagramReceived => self.datagrams_arrived(index),
+        }
+    }
+
+    fn handle_stream(&mut self, now: Instant, index: u32, event: StreamEvent) {
+        match event {
+            StreamEvent::Opened { dir: Dir::Bi } => self.accept_streams(index),
+            StreamEvent::Opened { dir: Dir::Uni } => self.large_opened(now, index),
+            StreamEvent::Available { dir: Dir::Bi } => self.open_waiting(index),
+            StreamEvent::Available { dir: Dir::Uni } => self.large_room(index),
+            StreamEvent::Readable { id } if id.dir() == Dir::Uni => self.large_readable(index, id),
+            StreamEvent::Readable { id } => self.readable(index, id),
+            StreamEvent::Writable { id } if id.dir() == Dir::Uni => self.large_room(index),
+            StreamEvent::Stopped { id, .. } if id.dir() == Dir::Uni => self.large_gone(index, id, true),
+            StreamEvent::Writable { id } | StreamEvent::Stopped { id, .. } => self.writable(index, id),
+            StreamEvent::Finished { id } if id.dir() == Dir::Uni => self.large_gone(index, id, false),
+            StreamEvent::Finished { .. } => {}
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::{
     congestion::Hints,
+    large::Large,
     node::KEEPALIVE,
     path::Path,
     peer::ANSWER_WAIT,
@@ -96,6 +97,8 @@ pub(super) struct Slot {
     pub(super) also: Option<Path>,
     /// The last datagrams that went by the direct path; at most [`RECENT_MAX`].
     pub(super) recent: VecDeque<Vec<u8>>,
+    /// Once there were any.
+    pub(super) large: Option<Box<Large>>,
     pub(super) windows: Windows,
     pub(super) hints: Arc<Hints>,
 }
@@ -127,6 +130,7 @@ impl Slot {
             rx_bytes: 0,
             also: None,
             recent: VecDeque::new(),
+            large: None,
             windows,
             hints,
         }

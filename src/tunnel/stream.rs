@@ -2,7 +2,7 @@
 //! streams, which borrow the node inside a poll only.
 
 use super::{
-    RelayLoad, Remembered,
+    Beside, RelayLoad, Remembered,
     node::Node,
     streams::{Progress, STREAMS_MAX},
 };
@@ -245,13 +245,13 @@ impl TunnelStream {
         }
     }
 
-    /// Sends a datagram beside the stream, once its OPEN was answered. False where it is too long for one packet, or the
-    /// far end takes none.
+    /// Sends a datagram beside the stream, once its OPEN was answered.
     #[must_use]
-    pub fn send_datagram(&self, bytes: &[u8]) -> bool {
-        let sent = self.key.is_some_and(|key| self.shared.node().send_datagram(key, bytes));
+    pub fn send_datagram(&self, bytes: &[u8]) -> Beside {
+        let Some(key) = self.key else { return Beside::InStream };
+        let became = self.shared.node().send_datagram(self.shared.clock.now(), key, bytes);
         self.shared.bell.ring();
-        sent
+        became
     }
 
     /// The next datagram that comes beside the stream. Its end is told by reads alone.

@@ -20,7 +20,7 @@ const WAITING_MAX: usize = 1024;
 /// Of an OPEN and the first bytes behind it, while the stream waits; what is more waits at the caller.
 const HEAD_MAX: usize = 2048;
 /// Application error codes of RESET_STREAM and STOP_SENDING.
-const ABANDONED: VarInt = VarInt::from_u32(1);
+pub(super) const ABANDONED: VarInt = VarInt::from_u32(1);
 
 #[derive(Debug)]
 enum State {
@@ -65,6 +65,8 @@ pub(super) struct Streams {
     free: Vec<u32>,
     /// How many wait for a connection.
     waiting: usize,
+    /// Bytes beside all of them that their readers have not taken.
+    pub(super) arrived_bytes: usize,
 }
 
 impl Streams {
@@ -99,6 +101,7 @@ impl Streams {
         let stream = self.list.get_mut(key as usize)?.take()?;
         self.free.push(key);
         self.waiting -= usize::from(matches!(stream.state, State::Waiting));
+        self.arrived_bytes -= stream.arrived.iter().flatten().map(|bytes| bytes.len()).sum::<usize>();
         Some(stream)
     }
 }

@@ -5,6 +5,7 @@ use super::{
     congestion::{Control, Hints},
     datagrams,
     keys::{ResetKey, TokenKey, derive},
+    large,
     noise::{Dial, Local, Purpose, Respond, version},
     windows::Windows,
 };
@@ -93,7 +94,7 @@ impl Transport {
         let mut config = TransportConfig::default();
         config
             .max_concurrent_bidi_streams(STREAMS_FIRST.into())
-            .max_concurrent_uni_streams(0_u32.into())
+            .max_concurrent_uni_streams(large::STREAMS_FIRST.into())
             .max_idle_timeout(IdleTimeout::try_from(IDLE).ok())
             .stream_receive_window(self.stream_window.into())
             .receive_window(windows.receive.into())

@@ -1,4 +1,4 @@
-//! Datagrams beside a stream: whole or not at all, and never behind what waits in the stream.
+//! Datagrams beside a stream: whole or not at all, and never behind large ones.
 
 use crate::{
     line::Line,
@@ -9,14 +9,14 @@ use crate::{
 use std::time::{Duration, Instant};
 use weft::{
     table::model::{Protocol, ServiceId},
-    tunnel::{Open, Progress},
+    tunnel::{Beside, Open},
 };
 
-const LONG: usize = 64_000;
-const MBIT: u64 = 1_000_000 / 8;
+pub const LONG: usize = 64_000;
+pub const MBIT: u64 = 1_000_000 / 8;
 
 /// A session of a's with b.
-fn session(world: &mut World, protocol: Protocol) -> (End, End) {
+pub fn session(world: &mut World, protocol: Protocol) -> (End, End) {
     let service = ServiceId { namespace: "shop".into(), name: "names".into() };
     let open = Open { service, port: 53, protocol, endpoint: "10.0.0.1:53".parse().unwrap() };
     world.touch(1);
@@ -33,16 +33,16 @@ fn session(world: &mut World, protocol: Protocol) -> (End, End) {
     (near, far.unwrap())
 }
 
-/// Sends a numbered datagram of this length; whether it may go beside the stream.
-fn send(world: &mut World, end: End, number: u16, len: usize) -> bool {
+/// Sends a numbered datagram of this length; whether it is on its way.
+pub fn send(world: &mut World, end: End, number: u16, len: usize) -> bool {
     let mut bytes = payload(len.max(2));
     bytes[..2].copy_from_slice(&number.to_be_bytes());
     world.touch(end.host);
-    world.hosts[end.host].node.send_datagram(end.key, &bytes)
+    world.hosts[end.host].node.send_datagram(world.now, end.key, &bytes) == Beside::Sent
 }
 
 /// The numbers of those that have come, each as it was sent.
-fn receive(world: &mut World, end: End) -> Vec<u16> {
+pub fn receive(world: &mut World, end: End) -> Vec<u16> {
     let mut out = Vec::new();
     while let Some(bytes) = world.hosts[end.host].node.datagram(end.key) {
         assert_eq!(bytes[2..], payload(bytes.len())[2..], "other bytes");
@@ -70,7 +70,6 @@ fn datagrams_arrive_whole_both_ways_and_only_at_their_stream() {
             got.extend(receive(&mut p.world, to));
             got.sort_unstable();
             assert_eq!(got, (0..200).collect::<Vec<_>>(), "seed {seed}: each of them, once");
-            assert!(!send(&mut p.world, from, 0, LONG), "that one is for the stream");
         }
         assert_eq!(receive(&mut p.world, silent), []);
         // Nobody would take what comes beside a connection.
@@ -98,7 +97,7 @@ fn what_nobody_takes_is_dropped_at_a_bound() {
     }
     p.world.run(SEC, |_| false);
     let got = receive(&mut p.world, far);
-    assert!(!got.is_empty() && got.len() < 100, "{} wait", got.len());
+    assert!(!got.is_empty() && got.len() <= 128, "{} wait", got.len());
     // All that were sent at once: those that found no room on their way out pushed out older ones.
     for number in 0..1000 {
         send(&mut p.world, near, number, 1000);
@@ -121,37 +120,24 @@ fn small_ones_do_not_wait_for_large_ones() {
         let (near, far) = session(&mut p.world, Protocol::Udp);
         p.world.run(5 * SEC, |_| false);
         let round_trip = 2 * p.world.delay;
-        let long = payload(LONG);
-        let (mut began, mut slowest, mut got, mut read) = (Vec::<Instant>::new(), Duration::ZERO, 0, 0);
+        let (mut began, mut slowest, mut got, mut whole) = (Vec::<Instant>::new(), Duration::ZERO, 0, 0);
         // A third of all, each 10 ms: 17 Mbit/s.
         for turn in 0..300_u16 {
-            if turn % 3 == 0 {
-                let mut at = 0;
-                p.world.touch(near.host);
-                while let Progress::Bytes(n) = p.world.hosts[near.host].node.write(near.key, &long[at..]) {
-                    at += n;
-                    if at == LONG {
-                        break;
-                    }
-                }
-                began.push(p.world.now);
-            } else {
-                assert!(send(&mut p.world, near, turn, 60));
-                began.push(p.world.now);
-            }
+            assert!(send(&mut p.world, near, turn, if turn % 3 == 0 { LONG } else { 60 }));
+            began.push(p.world.now);
             p.world.run(SEC / 100, |w| {
                 for number in receive(w, far) {
-                    slowest = slowest.max(w.now - began[usize::from(number)]);
-                    got += 1;
-                }
-                let mut buf = [0; 16 << 10];
-                while let Progress::Bytes(n) = w.hosts[far.host].node.read(far.key, &mut buf) {
-                    read += n;
+                    if number % 3 == 0 {
+                        whole += 1;
+                    } else {
+                        slowest = slowest.max(w.now - began[usize::from(number)]);
+                        got += 1;
+                    }
                 }
                 false
             });
         }
-        assert!(got >= 195 && read > 80 * LONG, "seed {seed}: {got} of 200, {read} bytes");
+        assert!(got >= 195 && whole >= 95, "seed {seed}: {got} of 200, {whole} of 100");
         assert!(
             slowest <= round_trip + p.world.delay,
             "seed {seed}: one way {slowest:?}, a round trip is {round_trip:?}"

@@ -7,6 +7,7 @@ mod datagrams;
 mod direct;
 mod faults;
 mod heap;
+mod large;
 mod line;
 mod many;
 mod mended;
