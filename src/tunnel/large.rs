@@ -15,12 +15,14 @@ use quinn_proto::{Connection, Dir, ReadError, StreamId, VarInt, WriteError};
 use std::{cell::Cell, collections::VecDeque, rc::Rc, slice, time::Instant};
 
 /// Unidirectional streams that a peer may have open, first and once it has had one: 256 of little more than one packet are
-/// 100 Mbit/s at 30 ms, and cost quinn 10 kB. The next one waits at the peer.
-pub(super) const STREAMS_FIRST: u32 = 16;
+/// 100 Mbit/s at 30 ms, and cost quinn 10 kB. So each connection begins with few. The next one waits at the peer.
+pub(super) const STREAMS_FIRST: u32 = 24;
 pub(super) const STREAMS_MOST: u32 = 256;
 /// Bytes to one peer that are not acknowledged, beside what connections may have under way; a peer gathers no more. What is
-/// beyond it waits.
+/// beyond it waits, and so does what is beyond twice the congestion window: streams take turns, each with a packet, so that
+/// of many none would soon be whole. Twice, for those that wait for a packet that was lost. One datagram is always let go.
 const FLYING_MAX: usize = GATHERED_MAX;
+const FLYING_WINDOWS: u64 = 2;
 /// Bytes to one peer that are not acknowledged or wait, and to all: one more datagram is dropped, as a full link would.
 const LEAVING_MAX: usize = 768 << 10;
 const LEAVING_ALL: usize = 1 << 20;
@@ -94,8 +96,10 @@ impl Large {
     fn pump(&mut self, conn: &mut Connection, window: u32) {
         let send_window = |flying| u64::from(window) + flying as u64;
         conn.set_send_window(send_window(self.flying));
+        let most = FLYING_MAX as u64;
+        let most = most.min(conn.congestion_state().window() * FLYING_WINDOWS) as usize;
         for one in &mut self.leaving {
-            if one.id.is_none() && self.flying + one.size <= FLYING_MAX {
+            if one.id.is_none() && (self.flying == 0 || self.flying + one.size <= most) {
                 one.id = conn.streams().open(Dir::Uni);
                 self.flying += one.id.map_or(0, |_| one.size);
             }
