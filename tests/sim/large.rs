@@ -258,7 +258,7 @@ fn more_than_the_line_carries_leaves_connections_their_share() {
         p.world.hosts[tcp.host].woken.extend([tcp.key]);
         let (bytes, mut buf) = (payload(LONG), vec![0; LONG]);
         let (mut got, mut whole, mut due) = (0, 0, p.world.now);
-        p.world.run(10 * SEC, |w| {
+        p.world.run(6 * SEC, |w| {
             // 40 Mbit/s.
             while due <= w.now {
                 send(w, near, 0, len);
@@ -274,8 +274,8 @@ fn more_than_the_line_carries_leaves_connections_their_share() {
             whole += receive(w, far).len();
             false
         });
-        let mbit = [got, whole * len].map(|bytes| bytes as f64 / 10.0 / MBIT as f64);
-        // 18 to share, and as many streams of datagrams as fit beside one of TCP.
-        assert!(mbit[0] >= 1.0 && mbit[1] >= 9.0, "seed {seed}, {len}: TCP and UDP have {mbit:?} Mbit/s");
+        let mbit = [got, whole * len].map(|bytes| bytes as f64 / 6.0 / MBIT as f64);
+        // Streams take turns: there is one of TCP beside some 50 of 4,000 bytes, which have 18 to share.
+        assert!(mbit[0] >= 0.2 && mbit[1] >= 9.0, "seed {seed}, {len}: TCP and UDP have {mbit:?} Mbit/s");
     }
 }
