@@ -15,6 +15,7 @@ use crate::{
         answer::{Answerer, Outcome, Via},
         zone::Zone,
     },
+    health::Health,
     kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
@@ -482,6 +483,14 @@ impl Wiring {
         let admin = Admin::new(socket, self.views()?);
         self.shown = Some(admin.shown());
         self.tasks.spawn("admin", admin.run());
+        self.health()
+    }
+
+    pub(crate) fn health(&mut self) -> anyhow::Result<()> {
+        if let (Some(at), Some(shown)) = (self.config.admin.http, &self.shown) {
+            let health = Health::bind(at, Rc::clone(shown))?;
+            self.tasks.spawn("health", health.run());
+        }
         Ok(())
     }
 
@@ -526,6 +535,7 @@ impl Wiring {
         let shown = Rc::new(shown);
         let (balancer, clock) = (Rc::clone(&self.balancer), self.clock);
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
+        let unwell = Rc::clone(&shown);
         Ok(Views {
             node: self.node.clone(),
             clock: self.clock,
@@ -537,6 +547,7 @@ impl Wiring {
             sources: Box::new(move || sources.sources()),
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
+            unwell: Box::new(move || unwell.unwell()),
             resolve: Box::new(resolve),
             policy: self.config.balancer.default,
             fared: Box::new(move |port, address| balancer.borrow().fared(port, address, clock.now())),

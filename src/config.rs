@@ -311,6 +311,8 @@ pub struct RelayConfig {
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdminConfig {
     pub socket: PathBuf,
+    /// Where /healthz and /livez are served; None: nowhere.
+    pub http: Option<SocketAddr>,
 }
 
 /// `[[service]]`: a Service without any Kubernetes.

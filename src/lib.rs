@@ -92,6 +92,7 @@ mod ears;
 pub mod encoding;
 pub mod exec;
 mod first;
+pub mod health;
 pub mod holder;
 pub mod iptables;
 pub mod kube;

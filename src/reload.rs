@@ -179,6 +179,16 @@ impl Wiring {
                 drain.idle().await;
             });
         }
+        if plan.health {
+            if let Some(before) = self.tasks.take("health") {
+                before.cancel().await;
+            }
+            if let Err(why) = self.health() {
+                log::error!("reload: {why:#}");
+                // So that the next reload tries again.
+                self.config.admin.http = None;
+            }
+        }
         if !wants_kernel(&self.config)
             && let Some(undo) = self.undo.take()
         {

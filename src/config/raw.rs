@@ -100,6 +100,7 @@ tables! {
 
     pub(super) struct RawAdmin {
         pub(super) socket: Text,
+        pub(super) http: Text,
     }
 
     pub(super) struct RawService {

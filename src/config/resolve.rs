@@ -93,7 +93,7 @@ impl Default for Config {
                 proxy: None,
             },
             relay: RelayConfig { enable: false, limits: RelayLimits::default() },
-            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock") },
+            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock"), http: None },
             services: Vec::new(),
         }
     }
@@ -116,6 +116,10 @@ impl Config {
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
             // Linux: sun_path has 108 bytes with its NUL.
             path(s).filter(|_| s.len() < 108)
+        })?;
+        let http = "an address and a port, such as 127.0.0.1:7844; empty for none";
+        put.value(&mut c.admin.http, "admin.http", raw.admin.http, http, |s| {
+            if s.is_empty() { Some(None) } else { s.parse().ok().filter(|a: &SocketAddr| a.port() > 0).map(Some) }
         })?;
         c.services = service::resolve(&put, raw.service, c.dns.listen.ip())?;
         Ok(c)
