@@ -6,7 +6,7 @@ import os
 import threading
 import time
 
-from natlab import wait_for
+from natlab import servers, wait_for, weft
 from natlab.weft import Agent
 from report import expect
 from stage import read_all
@@ -71,18 +71,18 @@ class Hindrance:
     """Keeps an agent from the rules until it is taken away: weft0 is somebody else's, or iptables has no lock to give."""
 
     def __init__(self, node, backend, env):
-        self.node, self.tools, self.real = node, [], None
+        self.node, self.tools = node, {}
         if backend == "nft":
             node.ip("link del weft0", "link add weft0 type bridge")
             return
         folder = env["PATH"].split(":")[0]
         # By the one name or the other, as there are tables of iptables-legacy or not.
-        self.tools = [f"{folder}/iptables-restore", f"{folder}/{backend}-restore"]
-        self.real = os.readlink(self.tools[0])
-        for tool in self.tools:
+        tools = [f"{folder}/{name}-{what}" for name in ("iptables", backend) for what in ("restore", "save")]
+        self.tools = {tool: os.readlink(tool) for tool in tools}
+        for tool, real in self.tools.items():
             with open(f"{tool}.new", "w", encoding="ascii") as f:
                 # As it ends when another holds the lock for longer than it waits.
-                f.write(f'#!/bin/sh\n[ "$1" = --version ] && exec {self.real} "$@"\n'
+                f.write(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} "$@"\n'
                         "echo 'Another app is currently holding the xtables lock; waited 5s' >&2; exit 4\n")
             os.chmod(f"{tool}.new", 0o755)
             os.replace(f"{tool}.new", tool)
@@ -90,9 +90,9 @@ class Hindrance:
     def end(self):
         if not self.tools:
             self.node.ip("link del weft0")
-        for tool in self.tools:
+        for tool, real in self.tools.items():
             os.unlink(tool)
-            os.symlink(self.real, tool)
+            os.symlink(real, tool)
 
 
 class Healthy:
@@ -152,3 +152,133 @@ class Healthy:
             self.hindrance.end()
         self.agent.stop()
         end_api(self.api)
+
+
+# tests/bench/rules measures them; what is here are bounds that a run must keep on any machine.
+SERVICES, ENDPOINTS = 10_000, 5
+# Resident, but for the executable's own pages, with them all: 13 to 14 MB were measured.
+ANON_MOST = 17 << 20
+# Transactions of the first sync, programs that it runs, rules beside one for each Service.
+FIRST, RUNS, MORE_RULES = 3, 12, 60
+# Lines that iptables-restore is given for one Service's change, its *nat, COMMIT and the counters' chains among them.
+LINES = 12
+
+
+class Crowd:
+    """Very many Services, all by one manifest, and one of them that is really there."""
+
+    def __init__(self, w):
+        self.host, self.backend, self.lab = w.lab.host("crowd"), w.backend, w.lab
+        self.served = servers.Service(self.host, 8080, servers.says("crowd"))
+        self.path, self.runs, self.lines = (f"{w.lab.folder}/crowd-{w.backend}.{what}" for what in ("json", "runs", "lines"))
+        self.port, self.spare = 80, "10.255.0.1"
+        self.write()
+        env = self.counted("iptables-nft" if w.backend == "nft" else w.backend)
+        config = {"node": {"name": "crowd"}, "kube": {"manifests": [self.path]}, "tunnel": {"enable": False}, "dns": {"enable": False},
+                  "proxy": {"backend": w.agent.config["proxy"]["backend"], "interfaces": ["lo"]}}
+        self.agent = Agent(self.host, "crowd", None, config, env)
+
+    def write(self):
+        def endpoints(n):
+            if n < 2:
+                return [(self.host.address if n == 0 else self.spare, "crowd")]
+            return [(f"10.{128 + n // 8000}.{n // 32 % 250}.{n % 32 * 7 + i + 1}", f"node-{(n + i) % 8}") for i in range(ENDPOINTS)]
+        services = [weft.service(f"svc-{n}", f"10.{96 + n // 60_000}.{n // 250 % 240}.{n % 250 + 1}", self.port if n == 0 else 80,
+                                 endpoints(n), 8080) for n in range(SERVICES)]
+        weft.write(self.path, weft.manifests(services, None))
+
+    def counted(self, kind):
+        """iptables that notes each time that it is run, and how many lines it is told."""
+        env = variant(self.lab, kind, f"crowd-{kind}")
+        folder = env["PATH"].split(":")[0]
+        for name in os.listdir(folder):
+            real = os.readlink(f"{folder}/{name}")
+            os.unlink(f"{folder}/{name}")
+            count = 'case "$*" in *--noflush*) tee -a ' + self.lines + f' | {real} "$@"; exit $?;; esac\n' if "restore" in name else ""
+            with open(f"{folder}/{name}", "w", encoding="ascii") as f:
+                f.write(f'#!/bin/sh\necho {name} "$@" >> {self.runs}\n{count}exec {real} "$@"\n')
+            os.chmod(f"{folder}/{name}", 0o755)
+        weft.write(self.runs, "")
+        weft.write(self.lines, "")
+        return env
+
+    def counts(self):
+        """Transactions, programs run, lines that they were told."""
+        both = []
+        for path in (self.runs, self.lines):
+            with open(path, encoding="ascii") as f:
+                both.append(sum(not line.startswith("#") for line in f))
+        return [self.agent.counters()["proxy_rule_syncs"], *both]
+
+    def serves(self, port):
+        with contextlib.suppress(OSError), self.host.tcp("10.96.0.1", port, timeout=1) as s:
+            return read_all(s).startswith(b"crowd")
+        return False
+
+    def change(self):
+        """What one change of one Service costs: of its port; then of an endpoint of another, which is no matter of the rules."""
+        before = self.counts()
+        with monitor(self.host) if self.backend == "nft" else contextlib.nullcontext([]) as heard:
+            self.port = 81
+            self.write()
+            wait_for(lambda: self.serves(81), 60, 0.1, what=lambda: f"the change is followed; {self.agent.tail()}")
+        eq(self.serves(80), False)
+        cost = [a - b for a, b in zip(self.counts(), before)]
+        expect(cost[0] == 1, f"{cost[0]} transactions; {self.agent.text()[-1200:]}")
+        if self.backend == "nft":
+            elements = [line for line in heard if "element" in line]
+            expect(sorted(line.split()[0] for line in elements) == ["add", "delete"] and all("10.96.0.1 " in line for line in elements), heard[:20])
+            expect(not any("table" in line.split()[:2] or "rule" in line.split()[:2] or "chain" in line.split()[:2] for line in heard), heard[:20])
+            eq(cost[1:], [0, 0])
+        else:
+            expect(cost[1] <= 3 and 0 < cost[2] <= LINES, f"{cost[1]} programs, {cost[2]} lines")
+        self.spare = "10.255.0.2"
+        after = self.counts()
+        self.write()
+        wait_for(lambda: self.agent.ask("services", "svc-1")["services"][0]["endpoints"][0]["address"] == self.spare, 60, 0.2,
+                 what="the endpoint is followed")
+        # Longer than the lull after which the rules are looked at.
+        time.sleep(2)
+        cost_of_none = [a - b for a, b in zip(self.counts(), after)]
+        # A look at the rules may come in between.
+        expect(cost_of_none[0] == 0 and cost_of_none[2] == 0, f"an endpoint's change costs {cost_of_none}")
+        return cost, len(heard)
+
+    def run(self):
+        try:
+            self.agent.start(ready=False)
+            wait_for(lambda: self.serves(80), 60, 0.1, what=lambda: f"the first sync; {self.agent.tail()}")
+            first = self.counts()
+            note = next(p["note"] for p in self.agent.tell("status")["parts"] if p["name"] == "rules")
+            rules = int(note.split()[0])
+            expect(1 <= first[0] <= FIRST and first[1] <= RUNS, f"{first[0]} transactions, {first[1]} programs")
+            expect(SERVICES <= rules <= SERVICES + MORE_RULES, note)
+            cost, heard = self.change()
+            with open(f"/proc/{self.agent.process.pid}/status", encoding="ascii") as f:
+                anon = next(int(line.split()[1]) for line in f if line.startswith("RssAnon:")) << 10
+            expect(anon <= ANON_MOST, f"{anon / 1e6:.1f} MB")
+            return (f"{SERVICES} Services: {rules} rules in {first[0]} transactions, {first[1]} programs; one change: {cost[0]} transaction, "
+                    f"{cost[1]} programs, {cost[2] or heard} lines; {anon / 1e6:.1f} MB")
+        finally:
+            self.agent.stop()
+            self.served.close()
+            os.unlink(self.path)
+
+
+@contextlib.contextmanager
+def monitor(node):
+    """The lines of `nft monitor` while it goes on, when it is over."""
+    log, lines = f"{node.lab.folder}/{node.name}.monitor", []
+    process = node.spawn("nft", "monitor", log=log)
+    try:
+        mark = "monitored"
+        # It hears once it shows a change of our own.
+        def hears():
+            node.run("nft", f"add table ip {mark}; delete table ip {mark}")
+            return mark in process.text()
+        wait_for(hears, 10, 0.1, what="nft monitor hears")
+        yield lines
+        wait_for(lambda: "element" in process.text(), 10, 0.1, what="nft monitor hears the change")
+    finally:
+        process.end()
+        lines += [line for line in process.text().splitlines() if mark not in line and not line.startswith("#")]

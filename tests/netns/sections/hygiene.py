@@ -6,7 +6,7 @@ from natlab.weft import Agent
 from report import expect
 from stage import refused
 
-from .apart import Healthy, Hindrance, LateApi, end_api
+from .apart import Crowd, Healthy, Hindrance, LateApi, end_api
 from .world import eq, ports, seen
 
 # src/proxy/udp.rs: an answered session, and how often they are looked for; and something for the look itself.
@@ -96,6 +96,7 @@ def rows_f(w, case):
         expect(more <= 5 + took, f"{more} transactions in {took:.1f} s")
         return f"{more} transactions for 100 changes in {took:.1f} s"
     case(93, "bursts", bursts)
+    case(91, "very-many-services", lambda: Crowd(w).run())
 
     def hindered():
         """What keeps us from the rules is said and tried again, and ends nobody."""
