@@ -20,11 +20,13 @@ use crate::{
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
     notify::Notify,
+    probe,
     proxy::{Drain, Proxy, rules::Ports, udp},
     reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
+    sorted::Set,
     sys,
     table::{
         Table,
@@ -291,6 +293,7 @@ impl Wiring {
         self.api();
         self.tunnel()?;
         self.proxy()?;
+        self.probes();
         self.rules().await?;
         self.snapshot()?;
         self.admin(socket)
@@ -427,6 +430,28 @@ impl Wiring {
         self.drains.push(proxy.drain());
         self.tasks.spawn("proxy", proxy.run());
         Ok(())
+    }
+
+    /// Anew whenever the API or the proxy is.
+    pub(crate) fn probes(&mut self) {
+        drop(self.tasks.take("probes"));
+        self.balancer.borrow_mut().silent = Set::new();
+        let Config { proxy, balancer, .. } = &self.config;
+        if !proxy.enable || balancer.probe == 0 {
+            return;
+        }
+        let api = self.api.clone();
+        let setup = probe::Setup {
+            period: Duration::from_secs(balancer.probe.into()),
+            table: self.table.reader(),
+            here: self.here(),
+            balancer: Rc::clone(&self.balancer),
+            counters: Rc::clone(&self.counts.proxy),
+            clock: self.clock,
+            mark: proxy.mark,
+            is_told: Box::new(move || api.as_ref().is_some_and(api::Status::tells)),
+        };
+        self.tasks.spawn("probes", probe::run(setup));
     }
 
     fn snapshot(&mut self) -> anyhow::Result<()> {

@@ -163,6 +163,9 @@ impl Wiring {
                 log::error!("reload: the proxy is off: {why:#}");
             }
         }
+        if plan.kube || plan.proxy {
+            self.probes();
+        }
         if plan.rules {
             if let Err(why) = self.rules().await {
                 log::error!("reload: {why:#}");

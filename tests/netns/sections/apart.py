@@ -23,12 +23,13 @@ class LateApi(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     @classmethod
-    def serve(cls, host, **items):
+    def serve(cls, host, port=0, **items):
         api = http.server.ThreadingHTTPServer(("", 0), cls, bind_and_activate=False)
         api.socket.close()
-        api.socket, api.daemon_threads = host.listen(0, "127.0.0.1"), True
+        api.socket, api.daemon_threads = host.listen(port, "127.0.0.1"), True
         api.late, api.over, api.asked = threading.Event(), threading.Event(), threading.Event()
-        api.items, api.url = {"nodes": [], **items}, f"http://127.0.0.1:{api.socket.getsockname()[1]}"
+        api.port = api.socket.getsockname()[1]
+        api.items, api.url = {"nodes": [], **items}, f"http://127.0.0.1:{api.port}"
         threading.Thread(target=api.serve_forever, daemon=True).start()
         return api
 
@@ -43,6 +44,7 @@ class LateApi(http.server.BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             self.server.over.wait()
+            self.close_connection = True
             return None
         if kind == "endpointslices":
             self.server.asked.set()
@@ -65,6 +67,7 @@ def end_api(api):
     for event in (api.late, api.over):
         event.set()
     api.shutdown()
+    api.server_close()
 
 
 class Hindrance:
