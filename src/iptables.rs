@@ -7,10 +7,12 @@ use crate::{
         rules::Desired,
     },
     rules::Synced,
+    sys,
 };
 use anyhow::{Context, Result, bail};
 use std::{
-    io::ErrorKind,
+    io::{self, ErrorKind},
+    net::{Ipv4Addr, Ipv6Addr, TcpStream},
     path::{Path, PathBuf},
     rc::Rc,
 };
@@ -37,6 +39,33 @@ struct One {
     rules: usize,
     /// The tables that were not there before us.
     made: Vec<iptables::Kind>,
+    /// Of legacy tables, from before they were last listed.
+    seen: Option<Sizes>,
+}
+
+/// What tells of most changes to legacy tables without running a program: nobody tells us.
+#[derive(Debug)]
+struct Sizes {
+    /// Of the family, and not connected.
+    socket: TcpStream,
+    found: Box<[sys::TableInfo; 2]>,
+}
+
+impl Sizes {
+    fn look(socket: &TcpStream) -> io::Result<[sys::TableInfo; 2]> {
+        Ok([sys::table_info(socket, "nat")?, sys::table_info(socket, "filter")?])
+    }
+
+    fn now(v4: bool) -> Option<Self> {
+        let family = if v4 { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+        let socket = sys::tcp_socket(&family).ok()?;
+        let found = Box::new(Self::look(&socket).ok()?);
+        Some(Self { socket, found })
+    }
+
+    fn changed(&self) -> bool {
+        Self::look(&self.socket).is_ok_and(|now| now != *self.found)
+    }
 }
 
 /// The names of the programs.
@@ -78,6 +107,18 @@ impl Iptables {
         self.families.iter().flatten().next().map_or("", |one| &one.tools.version)
     }
 
+    /// Whether there are tables of which nobody tells us when they change.
+    #[must_use]
+    pub fn silent(&self) -> bool {
+        self.families.iter().flatten().any(|one| one.seen.is_some())
+    }
+
+    /// Whether somebody has added to those tables or taken from them since they were last listed.
+    #[must_use]
+    pub fn changed(&self) -> bool {
+        self.families.iter().flatten().any(|one| one.seen.as_ref().is_some_and(Sizes::changed))
+    }
+
     /// Makes the rules of each family what is desired; None: there are none. Without `look` what was written last counts as
     /// being there.
     ///
@@ -96,7 +137,7 @@ impl Iptables {
                 Some(one) => one,
                 None => slot.insert(One::new(v4).await?),
             };
-            let synced = one.sync(desired, look).await?;
+            let synced = one.sync(v4, desired, look).await?;
             // The earlier one: what has changed since then may not have been seen.
             let generation = all.generation.or(synced.generation);
             all = Synced { wrote: all.wrote | synced.wrote, rules: all.rules + synced.rules, generation };
@@ -113,15 +154,21 @@ impl One {
             Some(tools) => tools,
             None => Tools::new(name).await?,
         };
-        Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new() })
+        Ok(Self { tools, applied: None, digest: 0, rules: 0, made: Vec::new(), seen: None })
     }
 
-    async fn sync(&mut self, desired: &Rc<Desired>, look: bool) -> Result<Synced> {
+    /// Before the tables are listed: what tells of changes since then.
+    fn mark(&mut self, v4: bool) -> Option<u32> {
+        self.seen = if self.tools.nft() { None } else { Sizes::now(v4) };
+        nft::generation()
+    }
+
+    async fn sync(&mut self, v4: bool, desired: &Rc<Desired>, look: bool) -> Result<Synced> {
         let same = self.applied.as_ref() == Some(desired);
         if same && !look {
             return Ok(Synced { wrote: false, rules: self.rules, generation: None });
         }
-        let mut generation = nft::generation();
+        let mut generation = self.mark(v4);
         let mut saved = self.tools.save().await?;
         if self.applied.is_some() && saved.digest() != self.digest {
             log::warn!("rules: somebody has changed or flushed ours; they are put back");
@@ -133,7 +180,7 @@ impl One {
         self.made.extend(made);
         for _ in 0..TRIES {
             self.tools.restore(&iptables::apply(desired, &saved, &self.made)).await?;
-            generation = nft::generation();
+            generation = self.mark(v4);
             saved = self.tools.save().await?;
             if !saved.behind() {
                 self.digest = saved.digest();

@@ -36,6 +36,8 @@ const LULL: Duration = Duration::from_millis(50);
 const GAP: Duration = Duration::from_secs(1);
 /// How often we look whether somebody flushed our rules: a firewall's reload tells nobody.
 pub(crate) const RECHECK: Duration = Duration::from_secs(30);
+/// How often we look at the size of iptables-legacy's tables: a few microseconds.
+const PEEK: Duration = Duration::from_secs(2);
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
 /// How long `undo` waits for a sync under way: longer than a program may take.
@@ -172,6 +174,14 @@ impl Writes {
         }
     }
 
+    /// The tables that change without our [`Ears`] hearing of it.
+    fn silent(&self) -> Option<&Iptables> {
+        match self {
+            Self::Iptables(iptables) if iptables.silent() => Some(iptables),
+            Self::Iptables(_) | Self::Nft(_) => None,
+        }
+    }
+
     async fn sync(&mut self, desired: &[Option<Rc<Desired>>; 2], look: bool) -> Result<Synced> {
         match self {
             Self::Iptables(iptables) => iptables.sync(desired, look).await,
@@ -204,6 +214,20 @@ struct Known {
     addresses: Vec<IpAddr>,
     /// Whether there is something to be served by IPv6, and weft0 has an address for it.
     has_ipv6: bool,
+}
+
+impl Known {
+    fn silent(&self) -> Option<&Iptables> {
+        self.writes.as_ref().and_then(Writes::silent)
+    }
+
+    /// Resolves when somebody has changed tables that are silent.
+    async fn changed(&self) {
+        let Some(tables) = self.silent() else { return std::future::pending().await };
+        while !tables.changed() {
+            after(PEEK).await;
+        }
+    }
 }
 
 impl Rules {
@@ -262,7 +286,8 @@ impl Rules {
                     bell.1 = orders.udp.listen();
                 }
                 last = Some(self.clock.now());
-                if std::mem::take(&mut ears.heard) && nft::generation() != known.generation {
+                let heard = std::mem::take(&mut ears.heard) && nft::generation() != known.generation;
+                if heard || known.silent().is_some_and(Iptables::changed) {
                     known.checked = None;
                 }
                 if self.sync(&mut known, &orders).await {
@@ -274,7 +299,7 @@ impl Rules {
                     wait = backoff.delay(&mut rng);
                 }
             }
-            let change = or(rung(&mut bell), or(closing.rung(), ears.changed()));
+            let change = or(rung(&mut bell), or(closing.rung(), or(ears.changed(), known.changed())));
             or(ordered.rung(), or(change, after(wait))).await;
             if last.is_some() && self.orders.read(|o| o.number) == orders.number {
                 settle(&mut bell, &mut ears).await;

@@ -3,7 +3,7 @@
 
 use std::{
     io, mem,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     ptr,
     time::Duration,
@@ -13,6 +13,9 @@ use libc::{c_int, c_void, socklen_t};
 
 /// `IP6T_SO_ORIGINAL_DST`, linux/netfilter_ipv6/ip6_tables.h.
 const IP6T_SO_ORIGINAL_DST: c_int = 80;
+
+/// linux/netfilter_ipv4/ip_tables.h; that of ip6_tables is the same.
+const IPT_SO_GET_INFO: c_int = 64;
 
 /// linux/tcp.h.
 const TCP_NOTSENT_LOWAT: c_int = 25;
@@ -44,24 +47,33 @@ fn set_option<T: Copy>(fd: &impl AsFd, level: c_int, name: c_int, value: T) -> i
     check(result).map(drop)
 }
 
-/// A raw socket address that may be all zeros: `sockaddr_in` or `sockaddr_in6`.
-trait Address: Copy {}
-impl Address for libc::sockaddr_in {}
-impl Address for libc::sockaddr_in6 {}
+/// What any bytes are a value of.
+trait Plain: Copy {}
+impl Plain for libc::sockaddr_storage {}
+impl Plain for Control {}
+impl Plain for TableInfo {}
 
-fn get_address<T: Address>(fd: &impl AsFd, level: c_int, name: c_int) -> io::Result<T> {
-    // SAFETY: all zeros is a valid value of both implementors.
-    let mut value: T = unsafe { mem::zeroed() };
-    let mut len = length::<T>();
+/// The length that the kernel has written.
+fn get_option<T: Plain>(fd: &impl AsFd, level: c_int, name: c_int, value: &mut T) -> io::Result<socklen_t> {
+    let (mut len, at) = (length::<T>(), (&raw mut *value).cast::<c_void>());
     // SAFETY: the kernel writes at most `len` bytes into `value`.
-    let result = unsafe {
-        libc::getsockopt(fd.as_fd().as_raw_fd(), level, name, (&raw mut value).cast::<c_void>(), &raw mut len)
-    };
-    check(result)?;
-    if len < length::<T>() {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    Ok(value)
+    check(unsafe { libc::getsockopt(fd.as_fd().as_raw_fd(), level, name, at, &raw mut len) })?;
+    Ok(len)
+}
+
+/// `ipt_getinfo`, linux/netfilter_ipv4/ip_tables.h: where a table's chains begin and end, and how many rules it has.
+pub type TableInfo = [u8; 84];
+
+/// What ip_tables, or by a socket of IPv6 ip6_tables, says of a table; its name has less than 32 bytes.
+///
+/// # Errors
+/// As getsockopt(2); `PermissionDenied` without CAP_NET_ADMIN.
+pub fn table_info(socket: &TcpStream, table: &str) -> io::Result<TableInfo> {
+    let mut info = [0; size_of::<TableInfo>()];
+    info.iter_mut().zip(table.bytes().take(31)).for_each(|(to, byte)| *to = byte);
+    let level = if socket.local_addr()?.is_ipv4() { libc::SOL_IP } else { libc::SOL_IPV6 };
+    get_option(socket, level, IPT_SO_GET_INFO, &mut info)?;
+    Ok(info)
 }
 
 /// Where a connection was going before netfilter sent it to us.
@@ -69,18 +81,14 @@ fn get_address<T: Address>(fd: &impl AsFd, level: c_int, name: c_int) -> io::Res
 /// # Errors
 /// `NotFound` where the kernel does not track the connection.
 pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
-    Ok(match stream.local_addr()? {
-        SocketAddr::V4(_) => {
-            let raw: libc::sockaddr_in = get_address(stream, libc::SOL_IP, libc::SO_ORIGINAL_DST)?;
-            let ip = Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr));
-            SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(raw.sin_port)))
-        }
-        SocketAddr::V6(_) => {
-            let raw: libc::sockaddr_in6 = get_address(stream, libc::SOL_IPV6, IP6T_SO_ORIGINAL_DST)?;
-            let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
-            SocketAddr::V6(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, 0))
-        }
-    })
+    let (level, name) = match stream.local_addr()? {
+        SocketAddr::V4(_) => (libc::SOL_IP, libc::SO_ORIGINAL_DST),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, IP6T_SO_ORIGINAL_DST),
+    };
+    // SAFETY: all zeros is a valid sockaddr_storage, of no family.
+    let mut raw: libc::sockaddr_storage = unsafe { mem::zeroed() };
+    get_option(stream, level, name, &mut raw)?;
+    from_raw(&raw).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// By which interface, named by its address, a UDP socket sends multicast from now on: to the link alone, and
@@ -146,6 +154,7 @@ pub fn keepalive(fd: &impl AsFd, idle: Duration, every: Duration, count: u8) -> 
 const PKTOPTIONS: [c_int; 2] = [9, 6];
 
 /// Room for one `in6_pktinfo` and others that the kernel may add; aligned as a `cmsghdr` is.
+#[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; 256]);
 
@@ -326,15 +335,11 @@ fn from_raw(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
 /// As getsockopt(2).
 pub fn interface_of(stream: &TcpStream) -> io::Result<u32> {
     let mut control = Control([0; 256]);
-    let mut len = control.0.len() as socklen_t;
     let (level, name) = match stream.local_addr()? {
         SocketAddr::V4(_) => (libc::SOL_IP, PKTOPTIONS[0]),
         SocketAddr::V6(_) => (libc::SOL_IPV6, PKTOPTIONS[1]),
     };
-    // SAFETY: the kernel writes at most `len` bytes into `control`.
-    check(unsafe {
-        libc::getsockopt(stream.as_raw_fd(), level, name, control.0.as_mut_ptr().cast::<c_void>(), &raw mut len)
-    })?;
+    let len = get_option(stream, level, name, &mut control)?;
     // SAFETY: all zeros is a valid msghdr.
     let mut message: libc::msghdr = unsafe { mem::zeroed() };
     message.msg_control = control.0.as_mut_ptr().cast();

@@ -120,6 +120,6 @@ def rows_b(w, case):
         else:
             w.one.gateway.run(w.backend, "-t", "nat", "-F")
         begin = time.monotonic()
-        wait_for(lambda: w.tries(w.ask, "10.96.1.1", timeout=1), 45, what="rules are put back")
+        wait_for(lambda: w.tries(w.ask, "10.96.1.1", timeout=1), 15, what="rules are put back")
         return f"{time.monotonic() - begin:.1f} s"
     case("39a", "flushed", flushed)

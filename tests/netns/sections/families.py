@@ -76,7 +76,7 @@ def rows_6(w, case):
             one.gateway.run("nft", "delete", "table", "ip6", "weft")
         else:
             one.gateway.run(tool, "-t", "nat", "-F")
-        wait_for(lambda: w.tries(w.ask, SIX, timeout=1), 45, what="rules are put back")
+        wait_for(lambda: w.tries(w.ask, SIX, timeout=1), 15, what="rules are put back")
     case("39a", "flushed.ipv6", flushed)
 
     def off():
