@@ -3,6 +3,7 @@ import contextlib
 import http.server
 import json
 import os
+import signal
 import threading
 import time
 
@@ -108,17 +109,21 @@ class Healthy:
         config = {"node": {"name": "health"}, "kube": {"api": self.api.url}, "tunnel": {"enable": False},
                   "proxy": {"backend": w.agent.config["proxy"]["backend"]}, "admin": {"http": f"127.0.0.1:{HTTP}"}}
         self.agent = Agent(self.host, "health", None, config, self.env).start()
-        self.hindrance, self.since = None, None
+        self.hindrance, self.since, self.port = None, None, HTTP
 
     def ask(self, path, head="GET {} HTTP/1.1\r\nHost: weft\r\n\r\n"):
-        with self.host.tcp("127.0.0.1", HTTP, timeout=5) as s:
+        with self.host.tcp("127.0.0.1", self.port, timeout=5) as s:
             s.sendall(head.format(path).encode())
             head, _, body = read_all(s).decode().partition("\r\n\r\n")
             return int(head.split()[1]), body.strip()
 
     def becomes(self, code, what, patience):
-        wait_for(lambda: self.ask("/healthz")[0] == code, patience, 0.2,
-                 what=lambda: f"{what}; it says {self.ask('/healthz')}; {self.agent.tail()}")
+        def is_so():
+            # A reload may be on its way.
+            with contextlib.suppress(ConnectionRefusedError):
+                return self.ask("/healthz")[0] == code
+            return False
+        wait_for(is_so, patience, 0.2, what=lambda: f"{what}; {self.agent.tail()}")
         eq(self.ask("/livez"), (200, "ok"))
         return self.ask("/healthz")
 
@@ -148,7 +153,24 @@ class Healthy:
         self.hindrance.end()
         self.hindrance = None
         self.becomes(200, "it is well again", 2 * RECHECK + 15)
+        self.moves()
         return f"{why}; {took:.0f} s after it was hindered"
+
+    def moves(self):
+        """By a reload: elsewhere, then nowhere."""
+        for at in (HTTP + 1, None):
+            before, self.port = self.port, at
+            self.agent.config["admin"]["http"] = f"127.0.0.1:{at}" if at else ""
+            self.agent.configure()
+            self.agent.process.signal(signal.SIGHUP)
+            if at:
+                self.becomes(200, "it answers elsewhere", 10)
+            def is_gone(port=before):
+                with contextlib.suppress(ConnectionRefusedError):
+                    self.host.tcp("127.0.0.1", port, timeout=5).close()
+                    return False
+                return True
+            wait_for(is_gone, 10, what="nobody listens where it was")
 
     def end(self):
         if self.hindrance:
