@@ -1,5 +1,6 @@
 //! The admin socket: one line asks, JSON answers, and the connection is closed. And its client.
 
+pub mod health;
 pub mod render;
 pub mod report;
 pub mod resolve;
@@ -67,6 +68,8 @@ pub struct Views {
     /// Where no DestinationRule says another.
     pub policy: Policy,
     pub fared: Box<HowFared>,
+    /// What is wrong, in a line; None: all is well.
+    pub unwell: Box<dyn Fn() -> Option<String>>,
 }
 
 /// The place where the agent is asked: taken first of all, for it tells that no other agent is at work here.

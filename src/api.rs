@@ -99,6 +99,7 @@ struct Hub {
     server: Cell<usize>,
     url: RefCell<String>,
     complete: Cell<bool>,
+    metaserver: bool,
 }
 
 /// What is known of before and will not be followed any more goes: nobody would ever sweep it.
@@ -176,6 +177,7 @@ impl Api {
             server: Cell::new(0),
             url: RefCell::new(access.map_or_else(|_| "api".into(), |a| a.servers[0].to_string())),
             complete: Cell::new(false),
+            metaserver,
         };
         Self { hub: Rc::new(hub) }
     }
@@ -206,6 +208,16 @@ impl Api {
 }
 
 impl Status {
+    /// Whether an API server tells of endpoints now. metaServer answers from its own store too, and does not say so.
+    #[must_use]
+    pub fn tells(&self) -> bool {
+        let of_slices = |w: &RefCell<Watcher>| {
+            let report = w.borrow().report();
+            !matches!(report.resource, Resource::Slices | Resource::Endpoints) || report.synced
+        };
+        !self.0.metaserver && self.0.watchers.iter().all(of_slices)
+    }
+
     #[must_use]
     pub fn list(&self) -> Vec<SourceStatus> {
         let url = self.0.url.borrow();

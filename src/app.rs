@@ -15,15 +15,18 @@ use crate::{
         answer::{Answerer, Outcome, Via},
         zone::Zone,
     },
+    health::Health,
     kube::{Manifests, Sources},
     metrics::{DnsCounters, ProxyCounters, TunnelCounters},
     netlink,
     notify::Notify,
+    probe,
     proxy::{Drain, Proxy, rules::Ports, udp},
     reactor::{Async, LocalExecutor},
     rules::{self, Orders, Rules, Undo},
     shared::{Reader, Writer},
     snapshot::{self, Keeper, Leave, Pace, Restored},
+    sorted::Set,
     sys,
     table::{
         Table,
@@ -290,6 +293,7 @@ impl Wiring {
         self.api();
         self.tunnel()?;
         self.proxy()?;
+        self.probes();
         self.rules().await?;
         self.snapshot()?;
         self.admin(socket)
@@ -428,6 +432,28 @@ impl Wiring {
         Ok(())
     }
 
+    /// Anew whenever the API or the proxy is.
+    pub(crate) fn probes(&mut self) {
+        drop(self.tasks.take("probes"));
+        self.balancer.borrow_mut().silent = Set::new();
+        let Config { proxy, balancer, .. } = &self.config;
+        if !proxy.enable || balancer.probe == 0 {
+            return;
+        }
+        let api = self.api.clone();
+        let setup = probe::Setup {
+            period: Duration::from_secs(balancer.probe.into()),
+            table: self.table.reader(),
+            here: self.here(),
+            balancer: Rc::clone(&self.balancer),
+            counters: Rc::clone(&self.counts.proxy),
+            clock: self.clock,
+            mark: proxy.mark,
+            is_told: Box::new(move || api.as_ref().is_some_and(api::Status::tells)),
+        };
+        self.tasks.spawn("probes", probe::run(setup));
+    }
+
     fn snapshot(&mut self) -> anyhow::Result<()> {
         let setup = snapshot::Setup {
             directory: self.config.node.state_dir.clone(),
@@ -482,6 +508,14 @@ impl Wiring {
         let admin = Admin::new(socket, self.views()?);
         self.shown = Some(admin.shown());
         self.tasks.spawn("admin", admin.run());
+        self.health()
+    }
+
+    pub(crate) fn health(&mut self) -> anyhow::Result<()> {
+        if let (Some(at), Some(shown)) = (self.config.admin.http, &self.shown) {
+            let health = Health::bind(at, Rc::clone(shown))?;
+            self.tasks.spawn("health", health.run());
+        }
         Ok(())
     }
 
@@ -526,6 +560,7 @@ impl Wiring {
         let shown = Rc::new(shown);
         let (balancer, clock) = (Rc::clone(&self.balancer), self.clock);
         let (parts, sources, warnings) = (Rc::clone(&shown), Rc::clone(&shown), Rc::clone(&shown));
+        let unwell = Rc::clone(&shown);
         Ok(Views {
             node: self.node.clone(),
             clock: self.clock,
@@ -537,6 +572,7 @@ impl Wiring {
             sources: Box::new(move || sources.sources()),
             parts: Box::new(move || parts.parts()),
             warnings: Box::new(move || warnings.warnings()),
+            unwell: Box::new(move || unwell.unwell()),
             resolve: Box::new(resolve),
             policy: self.config.balancer.default,
             fared: Box::new(move |port, address| balancer.borrow().fared(port, address, clock.now())),

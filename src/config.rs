@@ -219,6 +219,8 @@ pub struct BalancerConfig {
     pub prefer: Vec<Nearness>,
     /// Failures in a row after which an endpoint is left out for a while; 0: never.
     pub outlier: u32,
+    /// Seconds in which each endpoint of this node is tried once, while no API server says how it is; 0: never.
+    pub probe: u32,
     /// Nodes, as in `neighbours`, and the node that opens their endpoints for others. The first that fits counts.
     pub egress: Vec<(String, String)>,
 }
@@ -311,6 +313,8 @@ pub struct RelayConfig {
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdminConfig {
     pub socket: PathBuf,
+    /// Where /healthz and /livez are served; None: nowhere.
+    pub http: Option<SocketAddr>,
 }
 
 /// `[[service]]`: a Service without any Kubernetes.

@@ -1,4 +1,4 @@
-//! Deletes the kernel's memory of UDP flows that would go on to where they went before the rules changed.
+//! Deletes the kernel's memory of flows that would go on to where they went before the rules changed.
 
 use crate::{
     proxy::{
@@ -27,7 +27,7 @@ const BATCH: usize = 4;
 const DELETES: usize = 10_000;
 
 /// Looks through all entries of the family of `own` and deletes those that lead elsewhere than `ways` say. Returns how
-/// many.
+/// many of UDP.
 ///
 /// # Errors
 /// Where the kernel does not show its entries (module nf_conntrack_netlink), or not to us.
@@ -51,10 +51,10 @@ async fn settled(ways: &Ways, own: IpAddr) -> io::Result<usize> {
     })
     .await?;
     let mut deleted = 0;
-    for message in &stale {
+    for (is_udp, message) in &stale {
         sys::send(&socket, message)?;
         match each(&socket, |_| ()).await {
-            Ok(()) => deleted += 1,
+            Ok(()) => deleted += usize::from(*is_udp),
             // It has expired meanwhile.
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(e),

@@ -24,7 +24,8 @@
 //! of those one by the policy. `table::balance::state` is what it remembers between connections, one for all proxies;
 //! `table::rule` says which DestinationRule is a Service's. `lease` is a connection that an endpoint has, `first` looks at
 //! the bytes that a client sends before it has one. A hash goes to the endpoint with the highest weight (rendezvous): there
-//! is no ring to keep, and one that goes moves no keys but its own.
+//! is no ring to keep, and one that goes moves no keys but its own. While no API server says how endpoints are
+//! `table::balance::probe` says which of this node's is to be tried, and `probe` tries it.
 //!
 //! # The Kubernetes client
 //!
@@ -42,7 +43,7 @@
 //!
 //! `app` wires the parts. `reload` begins those anew that another configuration concerns (`app::plan` says which): the new
 //! one is in the kernel's rules before the old one goes, and ends when its last connection has. `notify` speaks with the
-//! service manager. `check` is what `weft check` says, `trial` what it tries; `setup` edits the files of the host's resolver.
+//! service manager, `health` with who asks by HTTP whether all is well (`admin::health` says). `check` is what `weft check` says, `trial` what it tries; `setup` edits the files of the host's resolver.
 //!
 //! # The tunnel
 //!
@@ -94,6 +95,7 @@ mod ears;
 pub mod encoding;
 pub mod exec;
 mod first;
+pub mod health;
 pub mod holder;
 pub mod iptables;
 pub mod kube;
@@ -105,6 +107,7 @@ pub mod netlink;
 pub mod nft;
 pub mod notify;
 pub mod portmap;
+mod probe;
 pub mod proxy;
 pub mod pump;
 pub mod reactor;

@@ -64,6 +64,10 @@ counters! {
         failed,
         /// Times that an endpoint was left out because it failed.
         ejections,
+        /// Tries of this node's endpoints while no API server said how they are.
+        probes,
+        /// Those that the endpoint did not take.
+        probe_failures,
         /// Bytes from clients to endpoints.
         bytes_up,
         /// Bytes from endpoints to clients.

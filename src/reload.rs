@@ -163,6 +163,9 @@ impl Wiring {
                 log::error!("reload: the proxy is off: {why:#}");
             }
         }
+        if plan.kube || plan.proxy {
+            self.probes();
+        }
         if plan.rules {
             if let Err(why) = self.rules().await {
                 log::error!("reload: {why:#}");
@@ -178,6 +181,16 @@ impl Wiring {
                 drain.begin();
                 drain.idle().await;
             });
+        }
+        if plan.health {
+            if let Some(before) = self.tasks.take("health") {
+                before.cancel().await;
+            }
+            if let Err(why) = self.health() {
+                log::error!("reload: {why:#}");
+                // So that the next reload tries again.
+                self.config.admin.http = None;
+            }
         }
         if !wants_kernel(&self.config)
             && let Some(undo) = self.undo.take()

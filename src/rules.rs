@@ -55,6 +55,8 @@ pub struct Status {
     pub routes: usize,
     /// The state of the table that is in the kernel; None: nothing is yet.
     pub version: Option<u64>,
+    /// When the kernel was last as we want it.
+    pub good: Option<Instant>,
     /// The number of the orders that are in the kernel.
     pub orders: u64,
     /// What keeps us from it; retried.
@@ -332,6 +334,7 @@ impl Rules {
         let good = errors.is_empty();
         if good {
             (status.version, status.orders) = (Some(version), orders.number);
+            status.good = Some(self.clock.now());
         }
         for error in errors.iter().filter(|e| !status.errors.contains(e)) {
             log::warn!("rules: {error}");

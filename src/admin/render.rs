@@ -147,6 +147,7 @@ fn details(s: &Service) -> String {
     let rows = endpoints.iter().map(|e| {
         let ports: Vec<_> = e.ports.iter().map(ToString::to_string).collect();
         let state = match (e.ejected_secs, e.ready, e.terminating) {
+            _ if e.silent => "takes no probe, left out".into(),
             (Some(secs), ..) => format!("fails, left out for {}", span(secs)),
             (None, true, _) => "ready".into(),
             (None, false, true) => "terminating".into(),

@@ -145,6 +145,7 @@ fn endpoints(table: &Table, s: &Service, proxied: &Proxied<'_>) -> Vec<view::End
                 all.connections = all.connections.wrapping_add(one.connections);
                 all.failed = all.failed.wrapping_add(one.failed);
                 all.ejected = all.ejected.max(one.ejected);
+                all.is_silent |= one.is_silent;
             }
         }
         view::Endpoint {
@@ -156,6 +157,7 @@ fn endpoints(table: &Table, s: &Service, proxied: &Proxied<'_>) -> Vec<view::End
             ready: e.ready,
             terminating: e.terminating,
             ejected_secs: all.ejected.map(|left| left.as_secs().max(1)),
+            silent: all.is_silent,
             live: all.live,
             connections: all.connections,
             failures: all.failed,

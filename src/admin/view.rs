@@ -149,6 +149,8 @@ pub struct Endpoint {
     pub terminating: bool,
     /// For so long it is left out, since it failed.
     pub ejected_secs: Option<u64>,
+    /// It is left out until it takes our probes again.
+    pub silent: bool,
     /// Connections that it has from here, and those that it had; those that it did not take.
     pub live: u32,
     pub connections: u32,

@@ -11,11 +11,12 @@ pub(crate) struct Plan {
     pub(crate) tunnel: bool,
     pub(crate) proxy: bool,
     pub(crate) rules: bool,
+    pub(crate) health: bool,
 }
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { manifests, kube, dns, tunnel, proxy, rules } = *self;
+        let Self { manifests, kube, dns, tunnel, proxy, rules, health } = *self;
         let parts = [
             (manifests, "manifests"),
             (kube, "kube"),
@@ -23,6 +24,7 @@ impl std::fmt::Display for Plan {
             (tunnel, "tunnel"),
             (proxy, "proxy"),
             (rules, "rules"),
+            (health, "health"),
         ];
         let named: Vec<&str> = parts.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
         if named.is_empty() { Ok(()) } else { write!(f, "; begun anew: {}", named.join(", ")) }
@@ -70,6 +72,7 @@ pub(crate) fn plan(old: &Config, new: &Config, bundle: bool) -> Plan {
         tunnel: old.tunnel != new.tunnel || old.relay != new.relay || bundle,
         proxy,
         rules: dns || proxy || old.proxy != same,
+        health: old.admin.http != new.admin.http,
     }
 }
 
@@ -113,13 +116,15 @@ mod tests {
             ("", "node.neighbours = [\"cloud-*\"]", "dns proxy rules"),
             ("", "balancer.egress = { \"cloud-*\" = \"cloud-1\" }", "proxy rules"),
             ("", "proxy.beside_kube_proxy = true", "rules"),
+            ("", "admin.http = \"127.0.0.1:7844\"", "health"),
             ("proxy.enable = false", "proxy.enable = false\nnode.zone = \"z\"", "dns rules"),
         ] {
             assert_eq!(parts(old, new), expected, "{old:?} -> {new:?}");
             assert_eq!(parts(new, old), expected, "{new:?} -> {old:?}");
         }
         let all = plan(&config(""), &config(""), true);
-        assert_eq!(all, Plan { manifests: false, kube: false, dns: true, tunnel: true, proxy: true, rules: true });
+        let kept = Plan { manifests: false, kube: false, health: false, ..all };
+        assert_eq!(all, Plan { dns: true, tunnel: true, proxy: true, rules: true, ..kept });
     }
 
     #[test]

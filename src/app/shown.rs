@@ -1,8 +1,8 @@
 //! What `weft status` tells of the parts and of what feeds the table.
 
-use super::checks;
+use super::{checks, wants_kernel};
 use crate::{
-    admin::view,
+    admin::{health, view},
     api,
     clock::Clock,
     config::Config,
@@ -81,6 +81,19 @@ impl Shown {
             error: s.last_error.unwrap_or_default(),
         });
         config.into_iter().chain(followed).collect()
+    }
+
+    pub(super) fn unwell(&self) -> Option<String> {
+        let rules = self.rules.as_ref().map(|r| r.read(|r| (r.good, r.errors.clone())));
+        let (rules, errors) = rules.unwrap_or_default();
+        let signs = health::Signs {
+            wants_rules: wants_kernel(&self.config),
+            synced: self.table.read(Table::synced),
+            rules,
+            errors: &errors,
+            period: rules::RECHECK,
+        };
+        health::unwell(&signs, self.clock.now())
     }
 
     pub(super) fn warnings(&self) -> Vec<String> {

@@ -75,6 +75,7 @@ tables! {
         pub(super) default: Text,
         pub(super) prefer: Option<Vec<Spanned<String>>>,
         pub(super) outlier: Number,
+        pub(super) probe: Number,
         pub(super) egress: Option<Entries<Spanned<String>>>,
     }
 
@@ -100,6 +101,7 @@ tables! {
 
     pub(super) struct RawAdmin {
         pub(super) socket: Text,
+        pub(super) http: Text,
     }
 
     pub(super) struct RawService {

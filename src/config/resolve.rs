@@ -37,6 +37,8 @@ const NODE_PORTS: [&str; 4] = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", 
 const CONNECTIONS_MAX: usize = 65_536;
 /// Seconds: service managers kill what takes longer.
 const DRAIN_MAX: usize = 600;
+/// Seconds: an endpoint that is tried more rarely is found out by its clients.
+const PROBE_MAX: usize = 3_600;
 /// Mbit/s: more than any one socket carries.
 const RATE_MAX: usize = 100_000;
 /// kB: a batch of the kernel's has up to 64.
@@ -78,6 +80,7 @@ impl Default for Config {
                 default: Policy::RoundRobin,
                 prefer: PREFER.into(),
                 outlier: OUTLIER.failures,
+                probe: 0,
                 egress: Vec::new(),
             },
             tunnel: TunnelConfig {
@@ -93,7 +96,7 @@ impl Default for Config {
                 proxy: None,
             },
             relay: RelayConfig { enable: false, limits: RelayLimits::default() },
-            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock") },
+            admin: AdminConfig { socket: PathBuf::from("/run/weft/weft.sock"), http: None },
             services: Vec::new(),
         }
     }
@@ -116,6 +119,10 @@ impl Config {
         put.value(&mut c.admin.socket, "admin.socket", raw.admin.socket, SOCKET, |s| {
             // Linux: sun_path has 108 bytes with its NUL.
             path(s).filter(|_| s.len() < 108)
+        })?;
+        let http = "an address and a port, such as 127.0.0.1:7844; empty for none";
+        put.value(&mut c.admin.http, "admin.http", raw.admin.http, http, |s| {
+            if s.is_empty() { Some(None) } else { s.parse().ok().filter(|a: &SocketAddr| a.port() > 0).map(Some) }
         })?;
         c.services = service::resolve(&put, raw.service, c.dns.listen.ip())?;
         Ok(c)
@@ -254,6 +261,7 @@ impl Put<'_> {
         self.value(&mut c.outlier, "balancer.outlier", raw.outlier, expected, |n| {
             u32::try_from(*n).ok().filter(|n| *n <= 1_000)
         })?;
+        self.number(&mut c.probe, "balancer.probe", raw.probe, 0..=PROBE_MAX)?;
         for (of, by) in raw.egress.into_iter().flat_map(|all| all.0) {
             let of = self.parse("balancer.egress", &of, NODES, |s| nodes(s))?;
             let by = self.parse("balancer.egress", &by, "the name of a node", |s| node_name(s).map(Into::into))?;

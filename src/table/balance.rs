@@ -1,13 +1,15 @@
 //! Which endpoint a connection goes to: nearness, policy, affinity.
 
+pub mod probe;
 mod state;
 
 use super::{
     Table,
-    model::{Affinity, Name, Protocol, Service, ServiceId, ServicePort},
+    model::{Affinity, Name, Protocol, Service, ServiceId, ServiceKind, ServicePort},
     packed::{About, EndpointRef},
     rule::{Choice, Number, Traffic},
 };
+use crate::sorted::Set;
 pub use state::{Balancer, Fared, OUTLIER};
 use std::{
     net::{IpAddr, SocketAddr},
@@ -199,6 +201,22 @@ impl Table {
                     Place::Far(_) => false,
                 }
         })
+    }
+
+    /// This node's endpoints of TCP that clients are sent to.
+    #[must_use]
+    pub fn own_endpoints(&self, here: &Here) -> Set<SocketAddr> {
+        let mut own = Vec::new();
+        for service in self.services().filter(|s| s.kind == ServiceKind::ClusterIp && !s.not_proxied) {
+            for (slice, e) in self.endpoints(&service.id).filter(|(_, e)| e.ready || (e.serving && e.terminating)) {
+                if self.place(here, e) == Place::Here {
+                    let ports = service.ports.iter().filter(|p| p.protocol == Protocol::Tcp);
+                    let numbers = ports.filter_map(|p| Self::target_port(slice, &p.name, p.protocol));
+                    own.extend(numbers.map(|number| SocketAddr::new(e.address, number)));
+                }
+            }
+        }
+        own.into_iter().collect()
     }
 
     /// External addresses may be shared by Services with different ports; what is no Service's is a node's.

@@ -31,7 +31,8 @@ impl Sum {
                 self.elements += 1;
             }
         } else {
-            self.frame = self.frame.rotate_left(5) ^ hash(body);
+            // Without nfgenmsg, whose res_id is the number of anybody's last transaction.
+            self.frame = self.frame.rotate_left(5) ^ hash(inside);
             self.rules += usize::from(kind == Kind::NewRule.number());
         }
     }
@@ -47,5 +48,40 @@ impl Sum {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A chain as the kernel lists it: nfgenmsg with the number of the last transaction, the table's name, and the chain's.
+    fn chain(transaction: u8, table: &[u8; 4], name: u8) -> Vec<u8> {
+        let attr = |kind: u16, value: &[u8]| {
+            let len = 4 + u16::try_from(value.len()).unwrap();
+            let mut out = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            out.extend(value);
+            out.resize(out.len().next_multiple_of(4), 0);
+            out
+        };
+        let name = [name, 0];
+        [vec![2, 0, 0, transaction], attr(1, &[&table[..], &[0]].concat()), attr(3, &name)].concat()
+    }
+
+    fn sum(chains: &[Vec<u8>]) -> Sum {
+        let mut sum = Sum::default();
+        chains.iter().for_each(|chain| sum.take(Kind::NewChain.number(), chain));
+        sum
+    }
+
+    #[test]
+    fn what_others_do_elsewhere_changes_no_sum() {
+        let before = sum(&[chain(1, b"weft", b'a'), chain(1, b"weft", b'b')]);
+        let after = sum(&[chain(2, b"weft", b'a'), chain(2, b"else", b'x'), chain(2, b"weft", b'b')]);
+        assert!(!before.is_empty());
+        assert_eq!(before, after);
+        for other in [vec![chain(2, b"weft", b'a')], vec![chain(1, b"weft", b'b'), chain(1, b"weft", b'a')]] {
+            assert_ne!(before, sum(&other));
+        }
     }
 }

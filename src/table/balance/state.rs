@@ -1,11 +1,11 @@
 //! What the balancer remembers: turns, affinities, live connections, and endpoints that fail.
 
 use super::{Ask, Candidate, Nearness, PortId};
-use crate::config::Policy;
 use crate::table::{
-    model::{Affinity, Service},
+    model::{Affinity, Protocol, Service},
     rule::{Choice, Outlier, Traffic, bytes_of, hash},
 };
+use crate::{config::Policy, sorted::Set};
 use lru::LruCache;
 use std::{
     net::{IpAddr, SocketAddr},
@@ -81,6 +81,8 @@ pub struct Fared {
     pub failed: u32,
     /// Left out for so long still.
     pub ejected: Option<Duration>,
+    /// Left out since it takes no probes.
+    pub is_silent: bool,
 }
 
 /// The balancer's own state. Owned by the proxy.
@@ -92,6 +94,8 @@ pub struct Balancer {
     pub prefer: Vec<Nearness>,
     /// Where no rule speaks of it.
     pub outlier: Outlier,
+    /// Endpoints that take no probes: the last to be chosen, for any port.
+    pub silent: Set<SocketAddr>,
     rng: fastrand::Rng,
     ports: LruCache<PortId, Port>,
     /// In all ports.
@@ -106,6 +110,7 @@ impl Balancer {
             policy,
             prefer: super::PREFER.into(),
             outlier: OUTLIER,
+            silent: Set::new(),
             rng,
             ports: LruCache::sparse(PORTS_MAX),
             endpoints: 0,
@@ -153,11 +158,14 @@ impl Balancer {
                 Policy::LeastRequest => Choice::LeastRequest,
             },
         };
+        for candidate in &mut candidates {
+            candidate.rank.0 = self.silent.contains(&candidate.address);
+        }
         let port = self.port(id);
         port.of = candidates.len();
         for candidate in &mut candidates {
             let known = port.find(candidate.address).ok().map(|at| &port.endpoints[at]);
-            candidate.rank.0 = known.is_some_and(|e| e.is_out && e.until.is_some_and(|until| until > now));
+            candidate.rank.0 |= known.is_some_and(|e| e.is_out && e.until.is_some_and(|until| until > now));
             candidate.live = known.map_or(0, |e| e.live);
         }
         candidates.retain(|c| !ask.tried.contains(&c.address));
@@ -293,13 +301,16 @@ impl Balancer {
         true
     }
 
-    /// How an endpoint has fared; None: nobody has been sent to it.
+    /// How an endpoint has fared; None: nobody has been sent to it, and no probe says it is silent.
     #[must_use]
     pub fn fared(&self, id: &PortId, address: SocketAddr, now: Instant) -> Option<Fared> {
-        let port = self.ports.peek(id)?;
-        let Endpoint { live, connections, failed, until, is_out, .. } = port.endpoints[port.find(address).ok()?];
+        let is_silent = self.silent.contains(&address) && id.2 == Protocol::Tcp;
+        let known = self.ports.peek(id).and_then(|p| Some(&p.endpoints[p.find(address).ok()?]));
+        let Some(Endpoint { live, connections, failed, until, is_out, .. }) = known.cloned() else {
+            return is_silent.then(|| Fared { is_silent, ..Fared::default() });
+        };
         let left = until.filter(|_| is_out).map(|until| until.saturating_duration_since(now));
-        Some(Fared { live, connections, failed, ejected: left.filter(|left| !left.is_zero()) })
+        Some(Fared { live, connections, failed, ejected: left.filter(|left| !left.is_zero()), is_silent })
     }
 }
 

@@ -334,3 +334,53 @@ fn services_that_share_an_external_address_are_told_apart_by_port() {
     assert!(world.ask("192.0.2.10:80", 1, &[]).is_ok());
     assert_eq!(world.ask("192.0.2.10:443", 1, &[]), Err(NoTarget::NoEndpoint));
 }
+
+#[test]
+fn what_takes_no_probe_is_the_last_to_be_chosen() {
+    let mut endpoints = three();
+    endpoints.push(endpoint("10.1.0.4", Some("edge-1")));
+    let mut sticky = service();
+    sticky.affinity = Affinity::ClientIp { timeout: Duration::from_secs(600) };
+    let mut world = World::new(sticky, endpoints);
+    let own: Vec<_> = world.table.own_endpoints(&world.here).iter().map(ToString::to_string).collect();
+    assert_eq!(own, ["10.1.0.4:8080", "10.1.0.4:9000"]);
+    let id = (service().id, 80, Protocol::Tcp);
+    let local: SocketAddr = "10.1.0.4:8080".parse().unwrap();
+    assert_eq!(world.address(1), local.to_string());
+    assert_eq!(world.balancer.fared(&id, local, world.now), None);
+    // Others are used, also by whom was there before; the other port is not meant.
+    world.balancer.silent = [local].into();
+    let elsewhere = world.address(1);
+    assert_ne!(elsewhere, local.to_string());
+    assert!(matches!(world.ask("10.96.0.10:81", 1, &[]), Ok(Target::Local(a)) if a.port() == 9000));
+    assert!(world.balancer.fared(&id, local, world.now).unwrap().is_silent);
+    // Where nobody is left it is tried all the same.
+    world.balancer.silent = (1..=4).map(|n| SocketAddr::new([10, 1, 0, n].into(), 8080)).collect();
+    assert_eq!(world.address(2), local.to_string());
+    world.balancer.silent = Set::new();
+    assert_eq!(world.address(3), local.to_string());
+}
+
+#[test]
+fn of_our_own_endpoints_those_are_tried_that_clients_are_sent_to() {
+    let mut ending = endpoint("10.1.0.2", Some("edge-1"));
+    (ending.ready, ending.terminating) = (false, true);
+    let mut not_ready = endpoint("10.1.0.3", Some("edge-1"));
+    (not_ready.ready, not_ready.serving) = (false, false);
+    let local = endpoint("10.1.0.1", Some("edge-1"));
+    let anywhere = endpoint("10.1.0.5", None);
+    let mut world =
+        World::new(service(), vec![local, ending, not_ready, endpoint("10.1.0.4", Some("edge-2")), anywhere]);
+    let own =
+        |world: &World| world.table.own_endpoints(&world.here).iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(own(&world), ["10.1.0.1:8080", "10.1.0.1:9000", "10.1.0.2:8080", "10.1.0.2:9000"]);
+    let mut others = service();
+    others.not_proxied = true;
+    world.put(Object::Service(others));
+    assert_eq!(own(&world), [] as [&str; 0]);
+    let mut datagrams = service();
+    datagrams.ports = datagrams.ports.iter().cloned().collect();
+    std::rc::Rc::get_mut(&mut datagrams.ports).unwrap()[0].protocol = Protocol::Udp;
+    world.put(Object::Service(datagrams));
+    assert_eq!(own(&world), ["10.1.0.1:9000", "10.1.0.2:9000"]);
+}

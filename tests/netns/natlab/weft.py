@@ -95,7 +95,7 @@ def service(name, ip, port, endpoints, target=None, namespace="shop", sticky=Non
             "endpoints": [{"address": a, "node": n} for a, n in endpoints]}
 
 
-def manifests(services):
+def manifests(services, indent=1):
     """The same Services as `kubectl get services,endpointslices -A -o json` prints them."""
     items = []
     for s in services:
@@ -113,7 +113,7 @@ def manifests(services):
                       "endpoints": [{"addresses": [e["address"]], "nodeName": e["node"],
                                      "conditions": {"ready": True, "serving": True, "terminating": False}}
                                     for e in s["endpoints"]]})
-    return json.dumps({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": ""}, "items": items}, indent=1)
+    return json.dumps({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": ""}, "items": items}, indent=indent)
 
 
 class Agent:

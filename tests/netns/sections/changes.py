@@ -3,7 +3,7 @@ import re
 import socket
 import time
 
-from natlab import wait_for
+from natlab import kernel, wait_for
 from report import expect
 from stage import read_all
 
@@ -23,6 +23,27 @@ def rows_b(w, case):
         changed("r28", "10.96.1.28", web, [w.a])
         serves("10.96.1.28")
     case(28, "new", new)
+
+    def before():
+        """Who tried before the Service was there is served by it, also from the same port, of which conntrack knows another way."""
+        def attempt(port):
+            with kernel.inside(w.one.client.ns), socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                s.settimeout(1)
+                s.bind(("0.0.0.0", port))
+                port = s.getsockname()[1]
+                try:
+                    s.connect(("10.96.3.28", 80))
+                except OSError:
+                    return port, None
+                return port, read_all(s).decode().split()[0]
+        port, nobody = attempt(0)
+        expect(nobody is None, f"{nobody} answers before there is a Service")
+        changed("r28before", "10.96.3.28", web, [w.a])
+        serves("10.96.3.28")
+        # The flows are looked at right after the rules are written.
+        wait_for(lambda: attempt(port) == (port, "a"), 5, 0.5, what="it is served from the same port")
+    case(28, "new.to-who-tried-before", before)
 
     def deleted():
         with w.one.client.tcp("10.96.1.29", 7000) as held:

@@ -1,8 +1,4 @@
 """F: labels, families, hygiene."""
-import http.server
-import json
-import os
-import threading
 import time
 
 from natlab import servers, wait_for
@@ -10,6 +6,7 @@ from natlab.weft import Agent
 from report import expect
 from stage import refused
 
+from .apart import Crowd, Healthy, Hindrance, LateApi, end_api
 from .world import eq, ports, seen
 
 # src/proxy/udp.rs: an answered session, and how often they are looked for; and something for the look itself.
@@ -18,40 +15,12 @@ IDLE, SWEEP = 120, 5 + 2
 RETRY = 20
 
 
-class LateApi(http.server.BaseHTTPRequestHandler):
-    """An API server that lists the Services at once and the slices later."""
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):  # noqa: N802
-        path, _, query = self.path.partition("?")
-        kind = path.rsplit("/", 1)[-1]
-        items = self.server.items.get(kind)
-        if "sendInitialEvents" in query or items is None:
-            return self.say(422 if items is not None else 404, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "code": 422})
-        if "watch=" in query:
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.server.over.wait()
-            return None
-        if kind == "endpointslices":
-            self.server.asked.set()
-            self.server.late.wait()
-        return self.say(200, {"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items})
-
-    def say(self, code, body):
-        text = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
-
-
 def rows_f(w, case):
+    def health():
+        w.health = Healthy(w)
+        return w.health.begin()
+    case(89, "well-and-alive", health)
+
     def label(n, key, value):
         ip = f"10.96.1.{n}"
         eq(w.tries(w.ask, ip, timeout=1), None)
@@ -81,10 +50,7 @@ def rows_f(w, case):
         """Of a list that is not whole no rule says that a Service has no endpoint."""
         host = w.lab.host("late")
         served = servers.Service(host, 8080, servers.says("late"))
-        api = http.server.ThreadingHTTPServer(("", 0), LateApi, bind_and_activate=False)
-        api.socket.close()
-        api.socket, api.daemon_threads = host.listen(0, "127.0.0.1"), True
-        api.late, api.over, api.asked, api.items = threading.Event(), threading.Event(), threading.Event(), {"nodes": []}
+        api = LateApi.serve(host)
         web = ports("80/TCP:8080:web")
         spec = {"type": "ClusterIP", "clusterIP": "10.96.5.1", "clusterIPs": ["10.96.5.1"], "ports": [{"name": "web", "port": 80, "protocol": "TCP", "targetPort": 8080}]}
         meta = {"name": "late", "namespace": "rows", "resourceVersion": "1", "uid": "1"}
@@ -93,8 +59,7 @@ def rows_f(w, case):
                                         "metadata": {**meta, "labels": {"kubernetes.io/service-name": "late"}},
                                         "ports": [{"name": p["name"], "port": p["target"], "protocol": "TCP"} for p in web],
                                         "endpoints": [{"addresses": [host.address], "conditions": {"ready": True}}]}]
-        threading.Thread(target=api.serve_forever, daemon=True).start()
-        config = {"node": {"name": "late"}, "kube": {"api": f"http://127.0.0.1:{api.socket.getsockname()[1]}"}, "dns": {"enable": False},
+        config = {"node": {"name": "late"}, "kube": {"api": api.url}, "dns": {"enable": False},
                   "tunnel": {"enable": False}, "proxy": {"backend": w.agent.config["proxy"]["backend"], "interfaces": ["lo"]}}
         agent = Agent(host, "late", None, config, w.agent.env).start()
         try:
@@ -113,10 +78,9 @@ def rows_f(w, case):
             wait_for(lambda: w.tries(w.ask, "10.96.5.1", node=host, timeout=1) == "late", 10, what=lambda: f"it serves; {agent.tail()}")
             return f"none of {tried} refused while the slices were not there"
         finally:
-            for event in (api.late, api.over):
-                event.set()
+            api.late.set()
             agent.stop()
-            api.shutdown()
+            end_api(api)
             served.close()
     case(92, "no-refusals-before-the-first-sync", nobody_is_refused_at_first)
 
@@ -132,6 +96,7 @@ def rows_f(w, case):
         expect(more <= 5 + took, f"{more} transactions in {took:.1f} s")
         return f"{more} transactions for 100 changes in {took:.1f} s"
     case(93, "bursts", bursts)
+    case(91, "very-many-services", lambda: Crowd(w).run())
 
     def hindered():
         """What keeps us from the rules is said and tried again, and ends nobody."""
@@ -141,33 +106,15 @@ def rows_f(w, case):
 
         def errors():
             return w.agent.text().count(" WARN ")
-        before, gateway = errors(), w.one.gateway
-        if w.backend == "nft":
-            gateway.ip("link del weft0", "link add weft0 type bridge")
-        else:
-            folder = f"{w.lab.folder}/{w.backend}"
-            # By the one name or the other, as there are tables of iptables-legacy or not.
-            tools = [f"{folder}/iptables-restore", f"{folder}/{w.backend}-restore"]
-            real = os.readlink(tools[0])
-            for tool in tools:
-                with open(f"{tool}.new", "w", encoding="ascii") as f:
-                    # As it ends when another holds the lock for longer than it waits.
-                    f.write(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} "$@"\n'
-                            "echo 'Another app is currently holding the xtables lock; waited 5s' >&2; exit 4\n")
-                os.chmod(f"{tool}.new", 0o755)
-                os.replace(f"{tool}.new", tool)
+        before = errors()
+        hindrance = Hindrance(w.one.gateway, w.backend, w.agent.env)
         change([w.a])
         try:
             wait_for(lambda: errors() > before, 40, what=lambda: f"it is said; {w.agent.tail()}")
             eq(w.tries(w.ask, "10.96.1.95", timeout=1), None)
             expect(w.agent.process.alive(), "it has ended")
         finally:
-            if w.backend == "nft":
-                gateway.ip("link del weft0")
-            else:
-                for tool in tools:
-                    os.unlink(tool)
-                    os.symlink(real, tool)
+            hindrance.end()
         begin = time.monotonic()
         wait_for(lambda: w.tries(w.ask, "10.96.1.95", timeout=1) == "a", RETRY + 15, what=lambda: f"it serves; {w.agent.tail()}")
         return f"serves {time.monotonic() - begin:.1f} s after it was let"
@@ -199,6 +146,12 @@ def rows_f(w, case):
         return f"a new session after {time.monotonic() - w.idle_since:.0f} s"
     if hasattr(w, "idle"):
         case(58, "after-a-long-idle-time", after_idle)
+
+    if hasattr(w, "health"):
+        try:
+            case(89, "unwell-when-hindered", w.health.unwell)
+        finally:
+            w.health.end()
 
     def clean():
         code = w.agent.stop()

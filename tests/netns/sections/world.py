@@ -70,9 +70,9 @@ class Udp:
                     self.socket.sendto(self.name + b":" + data if len(data) < 65000 else data, peer)
 
 
-def variant(lab, kind):
+def variant(lab, kind, apart=None):
     """An environment whose iptables is that one: iptables-nft, iptables-legacy."""
-    folder = f"{lab.folder}/{kind}"
+    folder = f"{lab.folder}/{apart or kind}"
     if not os.path.isdir(folder):
         os.makedirs(folder)
         for tool in ("iptables-restore", "iptables-save", "iptables", "ip6tables-restore", "ip6tables-save", "ip6tables"):
