@@ -13,12 +13,20 @@ use anyhow::{Context, Result, bail};
 use std::{
     io::{self, ErrorKind},
     net::{Ipv4Addr, Ipv6Addr, TcpStream},
+    ops::Range,
     path::{Path, PathBuf},
     rc::Rc,
 };
 
 /// Seconds that iptables waits for its lock.
 const LOCK_WAIT: &str = "5";
+
+/// `num_entries` of an `ipt_getinfo`.
+const ENTRIES: Range<usize> = 76..80;
+
+/// The tables in which we have rules, and how many entries each has without any: the policy of each built-in chain, and one
+/// to end it.
+const TABLES: [(&str, u32); 2] = [("nat", 5), ("filter", 4)];
 
 /// How often our jumps are put to the head when kube-proxy's come before them while we write: it starts, too.
 const TRIES: usize = 3;
@@ -53,12 +61,12 @@ struct Sizes {
 
 impl Sizes {
     fn look(socket: &TcpStream) -> io::Result<[sys::TableInfo; 2]> {
-        Ok([sys::table_info(socket, "nat")?, sys::table_info(socket, "filter")?])
+        let [nat, filter] = TABLES.map(|(table, _)| sys::table_info(socket, table));
+        Ok([nat?, filter?])
     }
 
     fn now(v4: bool) -> Option<Self> {
-        let family = if v4 { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-        let socket = sys::tcp_socket(&family).ok()?;
+        let socket = inet_socket(v4)?;
         let found = Box::new(Self::look(&socket).ok()?);
         Some(Self { socket, found })
     }
@@ -77,7 +85,8 @@ pub fn is_installed() -> bool {
     exec::find("iptables-restore").is_some() && exec::find("iptables-save").is_some()
 }
 
-/// Whether somebody uses the tables of iptables-legacy in this network namespace.
+/// Whether somebody uses the tables of iptables-legacy in this network namespace: they stay for ever once somebody has
+/// looked at them.
 #[must_use]
 pub fn has_legacy_tables() -> bool {
     has_legacy_tables_of(true)
@@ -87,9 +96,23 @@ fn legacy_tables(v4: bool) -> std::io::Result<String> {
     std::fs::read_to_string(if v4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" })
 }
 
+fn inet_socket(v4: bool) -> Option<TcpStream> {
+    let family = if v4 { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    sys::tcp_socket(&family).ok()
+}
+
 fn has_legacy_tables_of(v4: bool) -> bool {
     let names = legacy_tables(v4).unwrap_or_default();
-    names.lines().any(|name| matches!(name, "nat" | "filter"))
+    let socket = inet_socket(v4);
+    let entries = |table: &str| {
+        let info = socket.as_ref().and_then(|socket| sys::table_info(socket, table).ok())?;
+        Some(u32::from_ne_bytes(info[ENTRIES].try_into().ok()?))
+    };
+    // What we may not look into may be in use.
+    let in_use = |(table, bare): &(&str, u32)| {
+        names.lines().any(|name| name == *table) && entries(table).is_none_or(|count| count > *bare)
+    };
+    TABLES.iter().any(in_use)
 }
 
 impl Iptables {
