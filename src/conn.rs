@@ -91,12 +91,7 @@ impl Conn {
         sys::keepalive(&socket, idle, every, count)?;
         sys::nodelay(&socket)?;
         rustix::net::sockopt::set_tcp_user_timeout(&socket, USER_TIMEOUT_MS).map_err(io::Error::from)?;
-        sys::connect(&socket, &to)?;
-        let tcp = Async::new_nonblocking(socket)?;
-        tcp.writable().await?;
-        if let Some(error) = tcp.get_ref().take_error()? {
-            return Err(error.into());
-        }
+        let tcp = Async::connect_by(socket, &to).await?;
         let mut conn = Self { tcp, tls: None };
         if let Some((proxy, request)) = through {
             conn.send(request.as_bytes()).await?;

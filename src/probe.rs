@@ -120,21 +120,15 @@ async fn connects(to: &SocketAddr, mark: u32) -> Option<bool> {
     let socket = sys::tcp_socket(to).ok()?;
     // Unmarked our own rules might bring it to us.
     sys::set_mark(&socket, mark).ok()?;
-    let begun = sys::connect(&socket, to);
-    let socket = Async::new_nonblocking(socket).ok()?;
-    let made = async {
-        begun?;
-        socket.writable().await?;
-        socket.get_ref().take_error()?.map_or(Ok(()), Err)
-    };
     let late = async {
         Timer::after(PATIENCE).await;
         Err(io::ErrorKind::TimedOut.into())
     };
-    match or(made, late).await {
-        Ok(()) => Some(true),
-        // No descriptor, port or memory of ours is left.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::ENOBUFS | libc::ENOMEM)) => None,
+    // No descriptor, port or memory of ours is left.
+    let ours = [libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM, libc::ENOSPC];
+    match or(Async::connect_by(socket, to), late).await {
+        Ok(_) => Some(true),
+        Err(e) if e.raw_os_error().is_some_and(|code| ours.contains(&code)) => None,
         Err(_) => Some(false),
     }
 }

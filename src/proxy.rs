@@ -560,22 +560,10 @@ impl Shared {
         let socket = sys::tcp_socket(to)?;
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;
-        sys::connect(&socket, to)?;
-        // On this machine it is connected as soon as it is asked for.
-        let done = socket.peer_addr().is_ok();
-        let socket = Async::new_nonblocking(socket)?;
-        if done {
-            return Ok(socket);
-        }
-        let connected = async {
-            socket.writable().await?;
-            socket.get_ref().take_error()?.map_or(Ok(()), Err)
-        };
         let timeout = async {
             Timer::after(patience).await;
             Err(ErrorKind::TimedOut.into())
         };
-        or(connected, timeout).await?;
-        Ok(socket)
+        or(Async::connect_by(socket, to), timeout).await
     }
 }

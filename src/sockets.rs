@@ -210,9 +210,21 @@ impl Async<TcpStream> {
     /// As connect(2).
     pub async fn connect(to: impl Into<SocketAddr>) -> io::Result<Self> {
         let to = to.into();
-        let socket = sys::tcp_socket(&to)?;
-        sys::connect(&socket, &to)?;
+        Self::connect_by(sys::tcp_socket(&to)?, &to).await
+    }
+
+    /// Connects a socket of [`sys::tcp_socket`] that the caller has prepared.
+    ///
+    /// # Errors
+    /// As connect(2).
+    pub async fn connect_by(socket: TcpStream, to: &SocketAddr) -> io::Result<Self> {
+        sys::connect(&socket, to)?;
+        // On this machine it is connected as soon as it is asked for.
+        let done = socket.peer_addr().is_ok();
         let stream = Self::new_nonblocking(socket)?;
+        if done {
+            return Ok(stream);
+        }
         stream.writable().await?;
         stream.get_ref().take_error()?.map_or(Ok(stream), Err)
     }
