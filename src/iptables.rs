@@ -92,7 +92,7 @@ pub fn has_legacy_tables() -> bool {
     has_legacy_tables_of(true)
 }
 
-fn legacy_tables(v4: bool) -> std::io::Result<String> {
+fn legacy_tables(v4: bool) -> io::Result<String> {
     std::fs::read_to_string(if v4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" })
 }
 

@@ -43,7 +43,8 @@
 //!
 //! `app` wires the parts. `reload` begins those anew that another configuration concerns (`app::plan` says which): the new
 //! one is in the kernel's rules before the old one goes, and ends when its last connection has. `notify` speaks with the
-//! service manager, `health` with who asks by HTTP whether all is well (`admin::health` says). `check` is what `weft check` says, `trial` what it tries; `setup` edits the files of the host's resolver.
+//! service manager, `health` with who asks by HTTP whether all is well (`admin::health` says). `check` is what `weft check`
+//! says, `trial` what it tries; `setup` edits the files of the host's resolver.
 //!
 //! # The tunnel
 //!
