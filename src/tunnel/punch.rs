@@ -24,6 +24,8 @@ const SCHEDULE: [Duration; 6] = [
 ];
 /// After the last PING of a round: time for its PONG.
 const ROUND_TAIL: Duration = Duration::from_millis(700);
+/// A call that nobody answered is made again after so long: with its one datagram the whole round would be lost.
+const CALL_AGAIN: [Duration; 3] = [Duration::from_millis(250), Duration::from_millis(500), Duration::from_millis(1000)];
 /// Between rounds that found nothing; the last one again and again.
 const ROUND_GAPS: [Duration; 5] = [
     Duration::from_secs(5),
@@ -104,6 +106,8 @@ pub(super) struct Paths {
     suspect: bool,
     last_good: Option<SocketAddr>,
     called: Option<Instant>,
+    /// How often, since the peer last called or another path was taken.
+    calls: usize,
 }
 
 impl Paths {
@@ -203,6 +207,7 @@ impl Paths {
         if self.candidates.called(list, self.direct(), self.last_good) > 0 {
             self.failed_rounds = 0;
         }
+        self.calls = 0;
         if asks {
             out.push(Do::CallMeMaybe { asks: false });
         }
@@ -234,10 +239,21 @@ impl Paths {
     pub(super) fn seek(&mut self, now: Instant, out: &mut Vec<Do>) {
         self.failed_rounds = 0;
         if self.called.is_none_or(|at| now >= at + SCHEDULE[3]) {
-            self.called = Some(now);
-            out.push(Do::CallMeMaybe { asks: true });
+            self.calls = 0;
+            self.call(now, out);
         }
         self.start_round(now);
+    }
+
+    fn call(&mut self, now: Instant, out: &mut Vec<Do>) {
+        self.called = Some(now);
+        self.calls += 1;
+        out.push(Do::CallMeMaybe { asks: true });
+    }
+
+    /// When the last call is to be made again.
+    fn next_call(&self) -> Option<Instant> {
+        Some(self.called? + *CALL_AGAIN.get(self.calls.checked_sub(1)?)?)
     }
 
     /// Bytes of QUIC's went either way.
@@ -319,7 +335,7 @@ impl Paths {
         if better {
             self.current = Some(Path::Direct(best));
             (self.suspect, self.silent_since) = (false, None);
-            (self.last_good, self.failed_rounds) = (Some(best.remote), 0);
+            (self.last_good, self.failed_rounds, self.calls) = (Some(best.remote), 0, 0);
             self.next_ping = Some(now + PING_BUSY);
             out.push(Do::Switch(Path::Direct(best)));
         }
@@ -357,7 +373,7 @@ impl Paths {
         let silence = self.silent_since.map(|at| at + if self.suspect { DEAD_AFTER } else { SUSPECT_AFTER });
         let ping = self.next_ping.filter(|_| matches!(self.current, Some(Path::Direct(_))));
         let stale = self.probes.back().map(|(_, _, sent)| *sent + PONG_WAIT);
-        [round, silence, ping, stale, self.next_round].into_iter().flatten().min()
+        [round, silence, ping, stale, self.next_round, self.next_call()].into_iter().flatten().min()
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
@@ -368,6 +384,9 @@ impl Paths {
             self.probes = VecDeque::new(); // a thousand idle peers keep no buffers
         }
         self.watch_silence(now, out);
+        if self.next_call().is_some_and(|at| at <= now) {
+            self.call(now, out);
+        }
         self.run_round(now, rng, out);
         self.keep_alive(now, rng, out);
         if self.next_round.is_some_and(|at| at <= now) {

@@ -36,6 +36,26 @@ fn direct_if_and_only_if_the_oracle_says_so() {
     }
 }
 
+/// By the relay a call crosses two links there and its answer two back: of four tries three fail at this loss.
+#[test]
+fn a_fifth_lost_on_each_link_keeps_few_on_the_relay() {
+    let mut times = Vec::new();
+    for seed in seeds(100) {
+        let mut p = Pair::new(seed, Kind::PortRestricted, Kind::PortRestricted);
+        p.world.loss = 0.2;
+        connect(&mut p.world, 60 * SEC).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let start = p.world.now;
+        while path(&p, 1, "b") != "direct" || path(&p, 2, "a") != "direct" {
+            p.world.run(SEC / 20, |_| false);
+            assert!(p.world.now < start + 60 * SEC, "seed {seed}: not direct");
+        }
+        times.push(p.world.now - start);
+    }
+    times.sort_unstable();
+    let (p50, p95) = (times[times.len() / 2], times[times.len() * 95 / 100]);
+    assert!(p50 <= SEC && p95 <= 3 * SEC, "{p50:?}, {p95:?}; {times:?}");
+}
+
 /// Brings a pair to a direct path with an open stream.
 fn direct_pair(seed: u64, a: Kind, b: Kind) -> (Pair, End, End) {
     let mut p = Pair::new(seed, a, b);

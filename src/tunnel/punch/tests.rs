@@ -66,14 +66,39 @@ fn a_round_pings_each_candidate_at_the_times_of_the_schedule() {
 }
 
 #[test]
+fn a_call_is_made_again_until_it_is_answered() {
+    let calls = |m: &mut Machine, most| -> Vec<Duration> {
+        let all = m.run(most).into_iter();
+        all.filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true })).map(|(t, _)| t).collect()
+    };
+    let mut m = Machine::new();
+    let mut out = Vec::new();
+    m.paths.seek(m.now, &mut out);
+    assert_eq!(out, [Do::CallMeMaybe { asks: true }]);
+    assert_eq!(calls(&mut m, 10 * SEC), [250, 750, 1750].map(Duration::from_millis), "and no more");
+
+    m.paths.seek(m.now, &mut out);
+    assert_eq!(calls(&mut m, SEC / 2).len(), 1);
+    m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut out);
+    assert_eq!(calls(&mut m, 10 * SEC), [], "answered");
+
+    m.paths.seek(m.now, &mut out);
+    m.direct("11.0.0.2:5");
+    assert_eq!(calls(&mut m, SEC), [], "a path is found");
+}
+
+#[test]
 fn failed_rounds_come_again_in_longer_steps_while_the_peer_is_used() {
     let mut m = Machine::new();
     m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
-    let mut rounds = Vec::new();
+    let mut rounds: Vec<u64> = Vec::new();
     for second in 0..600 {
         m.paths.received(m.now, 1200);
-        let calls = m.run(SEC).into_iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
-        rounds.extend(calls.map(|_| second));
+        let called = m.run(SEC).iter().any(|(_, d)| matches!(d, Do::CallMeMaybe { asks: true }));
+        // Of a round there are several, since nobody answers.
+        if called && rounds.last().is_none_or(|last| second > last + 3) {
+            rounds.push(second);
+        }
     }
     // 1.5 s for a round, then the gap: 5, 15, and from then on 45 s, seen in steps of a second.
     assert_eq!(rounds[..5], [6, 22, 69, 116, 163]);
@@ -86,10 +111,11 @@ fn failed_rounds_of_a_peer_that_says_little_come_seldom() {
     m.paths.received(m.now, 1200);
     m.paths.called(m.now, false, &["11.0.0.1:5".parse().unwrap()], &mut Vec::new());
     let calls = |d: Vec<(Duration, Do)>| d.iter().filter(|(_, d)| matches!(d, Do::CallMeMaybe { .. })).count();
-    assert_eq!(calls(m.run(90 * SEC)), 3, "after 5, 15 and 60 s");
+    let round = 1 + CALL_AGAIN.len();
+    assert_eq!(calls(m.run(90 * SEC)), 3 * round, "after 5, 15 and 60 s");
     assert_eq!(calls(m.run(200 * SEC)), 0);
     m.paths.sent(m.now, 1200);
-    assert_eq!(calls(m.run(46 * SEC)), 1, "bytes flow again");
+    assert_eq!(calls(m.run(48 * SEC)), round, "bytes flow again");
 }
 
 #[test]
