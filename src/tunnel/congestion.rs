@@ -12,7 +12,11 @@
 //! quinn never forgets the shortest round trip of a path, nor does its BBR: over one that was 1 ms long and is 40 ms now
 //! it kept 4 packets under way, 2 of 100 Mbit/s. So [`Bounded`] looks at the round trips of the last seconds itself, and
 //! says when these are those of another path.
+//!
+//! What is sent into the void stays under way for quinn until a later packet is acknowledged, and fills the window: then
+//! not even an ACK may go, and two ends in that state wait for each other's. So [`Afloat`] can leave it out.
 
+use super::transport::MTU_MOST;
 use crate::config::Congestion;
 use quinn_proto::{
     Connection, RttEstimator,
@@ -22,7 +26,7 @@ use std::{
     any::Any,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -48,6 +52,36 @@ pub(super) struct Hints {
     pub(super) on_link: AtomicBool,
     /// No round trip is as short any more as quinn believes: all that it knows of the path is of before.
     pub(super) slower: AtomicBool,
+    /// Bytes under way, or more: pure ACKs are counted until the next one comes.
+    under_way: AtomicUsize,
+    /// Of these, what is not held against the window until something is acknowledged.
+    void: AtomicUsize,
+}
+
+impl Hints {
+    pub(super) fn new(on_link: bool) -> Self {
+        Self { on_link: on_link.into(), ..Self::default() }
+    }
+
+    /// A probe for the path's MTU goes, of which quinn does not tell its controller.
+    pub(super) fn probed(&self) {
+        self.sent(usize::from(MTU_MOST));
+    }
+
+    fn sent(&self, bytes: usize) {
+        let all = self.under_way.load(Ordering::Relaxed).saturating_add(bytes);
+        self.under_way.store(all, Ordering::Relaxed);
+    }
+
+    /// All that is under way is lost.
+    pub(super) fn voided(&self) {
+        self.void.store(self.under_way.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    fn acknowledged(&self, under_way: u64) {
+        self.under_way.store(usize::try_from(under_way).unwrap_or(usize::MAX), Ordering::Relaxed);
+        self.void.store(0, Ordering::Relaxed);
+    }
 }
 
 /// Loss on a link is congestion, and Cubic shares it with its like; on long paths and radio it is mostly not, and there
@@ -64,19 +98,71 @@ impl ControllerFactory for Control {
             Congestion::Bbr => false,
             Congestion::Cubic => true,
         };
-        if cubic {
-            return Arc::new(CubicConfig::default()).build(now, mtu);
-        }
-        let mut config = BbrConfig::default();
-        config.initial_window(BBR_FIRST);
-        self.hints.slower.store(false, Ordering::Relaxed);
-        Box::new(Bounded::new(Arc::new(config).build(now, mtu), Arc::clone(&self.hints)))
+        let hints = Arc::clone(&self.hints);
+        let inner = if cubic {
+            Arc::new(CubicConfig::default()).build(now, mtu)
+        } else {
+            let mut config = BbrConfig::default();
+            config.initial_window(BBR_FIRST);
+            self.hints.slower.store(false, Ordering::Relaxed);
+            Box::new(Bounded::new(Arc::new(config).build(now, mtu), Arc::clone(&hints)))
+        };
+        Box::new(Afloat { inner, hints })
     }
 }
 
 /// What controls a connection's congestion now.
 pub(super) fn controller(conn: &Connection) -> &'static str {
     if conn.congestion_state().clone_box().into_any().is::<Cubic>() { "cubic" } else { "bbr" }
+}
+
+struct Afloat {
+    inner: Box<dyn Controller>,
+    hints: Arc<Hints>,
+}
+
+impl Controller for Afloat {
+    fn on_sent(&mut self, now: Instant, bytes: u64, packet: u64) {
+        self.hints.sent(usize::try_from(bytes).unwrap_or(usize::MAX));
+        self.inner.on_sent(now, bytes, packet);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
+        self.hints.acknowledged(in_flight);
+        self.inner.on_end_acks(now, in_flight, app_limited, largest);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost: u64) {
+        self.inner.on_congestion_event(now, sent, persistent, lost);
+    }
+
+    fn on_mtu_update(&mut self, mtu: u16) {
+        self.inner.on_mtu_update(mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.inner.window().saturating_add(self.hints.void.load(Ordering::Relaxed) as u64)
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { inner: self.inner.clone_box(), hints: Arc::clone(&self.hints) })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self.inner.into_any()
+    }
 }
 
 struct Bounded {
@@ -249,12 +335,32 @@ mod tests {
             (Congestion::Bbr, true, false),
             (Congestion::Cubic, false, true),
         ] {
-            let hints = Arc::new(Hints { on_link: on_link.into(), ..Hints::default() });
+            let hints = Arc::new(Hints::new(on_link));
             let control = Arc::new(Control { choice, hints });
             let built = control.build(Instant::now(), 1200);
             assert_eq!(built.clone_box().into_any().is::<Cubic>(), cubic, "{choice:?} {on_link}");
             assert_eq!(built.into_any().is::<Bounded>(), !cubic);
         }
+    }
+
+    #[test]
+    fn what_went_into_the_void_leaves_the_window_to_others_until_the_next_ack() {
+        let (now, hints) = (Instant::now(), Arc::new(Hints::new(true)));
+        let control = Arc::new(Control { choice: Congestion::Auto, hints: Arc::clone(&hints) });
+        let mut first = Arc::clone(&control).build(now, 1200);
+        let window = first.window();
+        (1..=8).for_each(|packet| first.on_sent(now, 1200, packet));
+        assert_eq!(first.window(), window);
+        hints.voided();
+        let mut second = control.build(now, 1200);
+        assert_eq!(second.window(), window + 8 * 1200, "it outlives a change of path");
+        second.on_sent(now, 1200, 9);
+        assert_eq!(second.window(), window + 8 * 1200, "what is sent from now on counts");
+        second.on_end_acks(now, 8 * 1200, false, Some(9));
+        assert_eq!(second.window(), window);
+        hints.probed();
+        hints.voided();
+        assert_eq!(second.window(), window + 8 * 1200 + u64::from(MTU_MOST));
     }
 
     #[test]

@@ -177,7 +177,7 @@ impl Node {
 
     /// What a new connection begins with.
     fn terms(&mut self, now: Instant, path: Path) -> (Windows, Arc<Hints>) {
-        let hints = Hints { on_link: self.on_link(path).into(), ..Hints::default() };
+        let hints = Hints::new(self.on_link(path));
         (Windows::open(now, &mut self.budget), Arc::new(hints))
     }
 }

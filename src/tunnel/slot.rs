@@ -60,6 +60,16 @@ pub(super) enum Role {
     Registered,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outage {
+    No,
+    /// Nothing has come since [`Slot::alive`], though something was to be acknowledged.
+    CutOff,
+    /// It was begun anew at this time, when so many frames had acknowledged something: until there is another, that may
+    /// have gone into the void as well, by the path of then.
+    Revived(Instant, u64),
+}
+
 pub(super) struct Slot {
     pub(super) handle: ConnectionHandle,
     pub(super) conn: Connection,
@@ -74,8 +84,7 @@ pub(super) struct Slot {
     pub(super) born: Instant,
     /// When a packet of the peer's last opened, at the latest; up to [`PULSE`] later in truth.
     pub(super) alive: Instant,
-    /// Nothing has come since, though something was to be acknowledged.
-    pub(super) cut_off: bool,
+    outage: Outage,
     /// We want to know whether anybody is there, and nothing has come since.
     pub(super) asked: bool,
     /// It is not known yet by what we would recognize that the peer was restarted.
@@ -117,7 +126,7 @@ impl Slot {
             peer: None,
             born: now,
             alive: now,
-            cut_off: false,
+            outage: Outage::No,
             asked: false,
             stranded: false,
             idle_since: now,
@@ -146,7 +155,9 @@ impl Slot {
         if !self.stranded || now >= self.alive + IDLE {
             // Only a probe comes so late: pacing and ACKs are a matter of milliseconds.
             let late = now >= self.alive + (self.conn.rtt() * SILENCE_RTTS).clamp(SILENCE, SILENCE_MOST);
-            self.cut_off |= late && self.conn.poll_timeout().is_some_and(|at| at <= now);
+            if late && self.conn.poll_timeout().is_some_and(|at| at <= now) {
+                self.outage = Outage::CutOff;
+            }
             self.conn.handle_timeout(now);
         }
     }
@@ -171,11 +182,15 @@ impl Slot {
         let spans = (due || rtt != RTT_FIRST) && self.conn.rtt() > rtt * 2 + PULSE / 4;
         if spans || self.conn.rtt() > RTT_MOST {
             self.conn.path_changed(now);
+            self.hints.probed();
         }
         if before.is_some_and(|before| opened(&self.conn) > before) {
             (self.alive, self.asked) = (now, false);
-            if std::mem::take(&mut self.cut_off) && !self.lost {
-                self.revive(now);
+            match self.outage {
+                Outage::CutOff => self.revive(now),
+                Outage::Revived(_, acks) if self.conn.stats().frame_rx.acks > acks => self.outage = Outage::No,
+                Outage::Revived(at, _) if now >= at + SILENCE => self.revive(now),
+                Outage::Revived(..) | Outage::No => {}
             }
         }
     }
@@ -184,8 +199,7 @@ impl Slot {
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
         self.hints.on_link.store(on_link, Ordering::Relaxed);
-        self.windows.path_changed();
-        self.conn.path_changed(now);
+        self.begin_anew(now);
         self.prod(now);
     }
 
@@ -193,15 +207,21 @@ impl Slot {
     pub(super) fn slowed(&mut self, now: Instant) -> bool {
         let slowed = self.hints.slower.swap(false, Ordering::Relaxed);
         if slowed {
-            self.windows.path_changed();
-            self.conn.path_changed(now);
+            self.begin_anew(now);
         }
         slowed
     }
 
+    /// What was measured so far is of another path.
+    fn begin_anew(&mut self, now: Instant) {
+        self.windows.path_changed();
+        self.conn.path_changed(now);
+        self.hints.probed();
+    }
+
     /// On another path: says to the other end where we are.
     pub(super) fn prod(&mut self, now: Instant) {
-        if self.cut_off && !self.lost {
+        if self.outage != Outage::No {
             self.revive(now);
         }
         self.asked = true;
@@ -215,8 +235,7 @@ impl Slot {
     /// with.
     pub(super) fn demand(&mut self, now: Instant) {
         if now >= self.alive + PULSE || self.conn.poll_timeout().is_none_or(|at| at > now + PULSE) {
-            self.windows.path_changed();
-            self.conn.path_changed(now);
+            self.begin_anew(now);
         }
         self.asked = true;
         self.conn.ping();
@@ -225,11 +244,15 @@ impl Slot {
     /// After an outage the connection tries at once. By itself quinn would wait: what was sent into the void fills its
     /// window, which keeps back ACKs too, and each probe waits twice as long as the one before.
     fn revive(&mut self, now: Instant) {
+        if self.lost {
+            return;
+        }
+        self.outage = Outage::Revived(now, self.conn.stats().frame_rx.acks);
         // The next probe ahead of time, but never the end of an idle connection: that is one idle time behind a sign
         // of life.
         self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
-        self.windows.path_changed();
-        self.conn.path_changed(now);
+        self.begin_anew(now);
+        self.hints.voided();
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

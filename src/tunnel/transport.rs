@@ -39,7 +39,7 @@ pub(super) const RTT_FIRST: Duration = Duration::from_nanos(100_000_001);
 const MTU_FIRST: u16 = 1200;
 /// Ethernet's 1,500 less IPv6 and UDP (48), which is also less than with IPv4, UDP and our relay header (41).
 /// Where IPv6, PPPoE or a tunnel leaves less, discovery finds how much.
-const MTU_MOST: u16 = 1452;
+pub(super) const MTU_MOST: u16 = 1452;
 /// A packet is lost when so many later ones, or one later by this part of a round trip, were acknowledged. RFC 9002's 3
 /// packets and 9/8 take what radio and multipath deliver late for lost: a tenth of all 10 ms late cost half of 100 Mbit/s.
 /// RACK (RFC 8985 section 6.2) waits for 5/4, and for longer where it has seen disorder, without counting packets.
