@@ -1,4 +1,5 @@
-//! A connection that an endpoint has: counted while it lives, and as long as its Service's rule allows.
+//! A connection or UDP session that an endpoint has: counted while it lives, a connection as long as its Service's rule
+//! allows.
 
 use crate::{
     metrics::{add, bump},
@@ -17,14 +18,15 @@ use std::{
     cell::Cell,
     io::{self, ErrorKind},
     net::{SocketAddr, TcpStream},
+    ops::Deref,
     pin::Pin,
     rc::Rc,
     time::Duration,
 };
 
 /// See the module.
-pub(crate) struct Lease<'s> {
-    shared: &'s Shared,
+pub(crate) struct Lease<S: Deref<Target = Shared>> {
+    shared: S,
     port: PortId,
     pub(crate) address: SocketAddr,
     traffic: Option<Rc<Traffic>>,
@@ -33,20 +35,20 @@ pub(crate) struct Lease<'s> {
 /// Bytes up and down of one connection.
 pub(crate) type Moved = [Cell<u64>; 2];
 
-impl Drop for Lease<'_> {
+impl<S: Deref<Target = Shared>> Drop for Lease<S> {
     fn drop(&mut self) {
         self.shared.balancer.borrow_mut().over(&self.port, self.address);
     }
 }
 
-impl<'s> Lease<'s> {
+impl<S: Deref<Target = Shared>> Lease<S> {
     /// Picks an endpoint, which has a connection more from now on.
-    pub(crate) fn take(shared: &'s Shared, ask: Ask<'_>, key: Option<u64>) -> Result<(Target, Self), NoTarget> {
+    pub(crate) fn take(shared: S, ask: Ask<'_>, key: Option<u64>) -> Result<(Target, Self), NoTarget> {
         let now = shared.clock.now();
         let mut balancer = shared.balancer.borrow_mut();
         let Pick { target, port, traffic } =
             shared.table.read(|t| t.pick(&shared.here, ask, key, &mut balancer, now))?;
-        let (Target::Local(address) | Target::Remote { address, .. }) = target;
+        let address = target.address();
         balancer.begin(&port, address, now);
         drop(balancer);
         Ok((target, Self { shared, port, address, traffic }))

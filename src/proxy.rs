@@ -448,7 +448,7 @@ impl Shared {
         reset(client.get_ref());
     }
 
-    async fn local(&self, client: Async<TcpStream>, to: &Lease<'_>) -> (Attempt, Option<Async<TcpStream>>) {
+    async fn local(&self, client: Async<TcpStream>, to: &Lease<&Self>) -> (Attempt, Option<Async<TcpStream>>) {
         let connect = to.patience().unwrap_or(CONNECT);
         match self.dial(&to.address, connect).await {
             Err(e) => {
@@ -471,7 +471,7 @@ impl Shared {
         client: Async<TcpStream>,
         node: &str,
         open: &Open,
-        to: &Lease<'_>,
+        to: &Lease<&Self>,
     ) -> (Attempt, Option<Async<TcpStream>>) {
         let Some(tunnel) = self.tunnel.read(Clone::clone) else {
             return (Attempt::Failed(format!("it is on {node}, and the tunnel is off")), Some(client));

@@ -5,6 +5,7 @@
 
 use crate::sorted::Map;
 use crate::{
+    lease::Lease,
     metrics::{add, bump},
     proxy::{
         Shared,
@@ -15,10 +16,10 @@ use crate::{
     sys,
     table::{
         Table,
-        balance::{Ask, NoTarget, Target},
+        balance::{Ask, Target},
         model::{Name, Protocol},
     },
-    tunnel::{Beside, Handle, Open, Refusal, TunnelStream, gather::DATAGRAM_MAX},
+    tunnel::{Beside, Open, Refusal, TunnelStream, gather::DATAGRAM_MAX},
 };
 use futures_lite::{
     AsyncRead, AsyncWrite,
@@ -127,8 +128,17 @@ impl Drop for Queue {
     }
 }
 
-/// The way from a client's session to its endpoint. Its task brings the answers back; dropped, it ends.
-enum Leg {
+/// A session's claim on its endpoint.
+type Claim = Rc<Lease<Rc<Shared>>>;
+
+/// From a client's session to its endpoint.
+struct Leg {
+    way: Way,
+    claim: Claim,
+}
+
+/// The task brings the answers back; dropped, it ends.
+enum Way {
     Near(Rc<Async<UdpSocket>>, #[allow(dead_code)] Task<()>),
     Far(Rc<Queue>, #[allow(dead_code)] Task<()>),
 }
@@ -289,9 +299,9 @@ impl Port {
         let key = (self.number, from);
         let mut tried = Vec::new();
         while tried.len() < TRIES {
-            let sent = self.udp.of(&key, |leg| match leg {
-                Leg::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
-                Leg::Far(queue, _) => Ok(queue.push(bytes)),
+            let sent = self.udp.of(&key, |leg| match &leg.way {
+                Way::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
+                Way::Far(queue, _) => Ok(queue.push(bytes)),
             });
             match sent {
                 None => match self.open(key, &tried) {
@@ -314,6 +324,7 @@ impl Port {
                 // An answer of ICMP to what went before: this datagram has not been sent.
                 Some((endpoint, Err(_))) => {
                     bump(&shared.counters.retries);
+                    self.udp.of(&key, |leg| leg.claim.failed());
                     self.udp.close(&key, None);
                     tried.push(endpoint);
                 }
@@ -326,36 +337,33 @@ impl Port {
     fn open(self: &Rc<Self>, key: Key, tried: &[SocketAddr]) -> Result<(), Option<SocketAddr>> {
         let shared = &self.udp.shared;
         let (service, port) = &self.id;
-        let now = shared.clock.now();
-        let target = shared.table.read(|t| {
+        let vip = shared.table.read(|t| {
             let same = |ip: &&IpAddr| ip.is_ipv4() == key.1.is_ipv4();
-            let vip = t.service_by_id(service).and_then(|s| s.vips.iter().chain(&s.external_ips).find(same));
-            let destination = SocketAddr::new(*vip.ok_or(NoTarget::NotAService)?, *port);
-            let ask = Ask { destination, protocol: Protocol::Udp, client: key.1.ip(), tried };
-            t.route(&shared.here, ask, &mut shared.balancer.borrow_mut(), now)
+            t.service_by_id(service).and_then(|s| s.vips.iter().chain(&s.external_ips).find(same).copied())
         });
+        let destination = SocketAddr::new(vip.ok_or(None)?, *port);
+        let ask = Ask { destination, protocol: Protocol::Udp, client: key.1.ip(), tried };
+        let (target, claim) = Lease::take(Rc::clone(shared), ask, None).map_err(|_| None)?;
+        let (claim, endpoint) = (Rc::new(claim), target.address());
         let id = self.udp.near.borrow_mut().number();
-        let mut sessions = &self.udp.near;
-        let (endpoint, leg) = match target {
-            Err(_) => return Err(None),
-            Ok(Target::Local(to)) => (to, self.near(key, id, to)),
-            Ok(Target::Remote { node, service, port, address }) => {
+        let (sessions, way) = match target {
+            Target::Local(_) => (&self.udp.near, self.near(key, id, &claim)),
+            Target::Remote { node, service, port, address } => {
                 let open = Open { service, port, protocol: Protocol::Udp, endpoint: address };
-                sessions = &self.udp.far;
-                (address, self.far(key, id, node, open))
+                (&self.udp.far, self.far(key, id, node, open, &claim))
             }
         };
-        let leg = leg.ok_or(Some(endpoint))?;
+        let leg = Leg { way: way.ok_or(Some(endpoint))?, claim };
         bump(&shared.counters.udp_sessions);
         // One that is over may be left.
         self.udp.close(&key, None);
-        let evicted = sessions.borrow_mut().open(now, key, id, endpoint, leg);
+        let evicted = sessions.borrow_mut().open(shared.clock.now(), key, id, endpoint, leg);
         drop(evicted);
         Ok(())
     }
 
-    fn near(self: &Rc<Self>, key: Key, id: u32, to: SocketAddr) -> Option<Leg> {
-        let shared = &self.udp.shared;
+    fn near(self: &Rc<Self>, key: Key, id: u32, claim: &Claim) -> Option<Way> {
+        let (shared, to) = (&self.udp.shared, claim.address);
         let socket = match shared.dial_udp(&to) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                 let oldest = self.udp.near.borrow_mut().close_oldest();
@@ -365,7 +373,7 @@ impl Port {
             socket => socket,
         };
         let socket = Rc::new(socket.map_err(|e| shared.say(|| format!("UDP to {to}: {e}"))).ok()?);
-        let (port, answers) = (Rc::clone(self), Rc::clone(&socket));
+        let (port, answers, claim) = (Rc::clone(self), Rc::clone(&socket), Rc::clone(claim));
         let task = self.udp.executor.upgrade()?.spawn(async move {
             loop {
                 if answers.readable().await.is_err() {
@@ -374,27 +382,33 @@ impl Port {
                 for _ in 0..BATCH {
                     let got = port.udp.shared.pool.scratch(|scratch| {
                         let n = answers.get_ref().recv(scratch)?;
-                        port.answer(key, id, &scratch[..n]);
+                        port.answer(key, id, &claim, &scratch[..n]);
                         io::Result::Ok(())
                     });
                     match got {
                         Ok(()) => {}
                         Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                         // ICMP's answer to a datagram: the next one goes elsewhere.
-                        Err(_) => return port.udp.close(&key, Some(id)),
+                        Err(_) => {
+                            claim.failed();
+                            return port.udp.close(&key, Some(id));
+                        }
                     }
                 }
                 yield_now().await;
             }
         });
-        Some(Leg::Near(socket, task))
+        Some(Way::Near(socket, task))
     }
 
     /// Brings an answer back; conntrack makes it come from where the client sent to.
-    fn answer(&self, key: Key, id: u32, bytes: &[u8]) {
+    fn answer(&self, key: Key, id: u32, claim: &Claim, bytes: &[u8]) {
         let shared = &self.udp.shared;
         for sessions in [&self.udp.near, &self.udp.far] {
-            sessions.borrow_mut().answered(shared.clock.now(), &key, id);
+            let is_first = sessions.borrow_mut().answered(shared.clock.now(), &key, id);
+            if is_first {
+                claim.worked();
+            }
         }
         match self.socket.get_ref().send_to(bytes, key.1) {
             Ok(n) => add(&shared.counters.bytes_down, n as u64),
@@ -402,38 +416,38 @@ impl Port {
         }
     }
 
-    fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open) -> Option<Leg> {
+    fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open, claim: &Claim) -> Option<Way> {
         let tunnel = self.udp.shared.tunnel.read(Clone::clone)?;
         let queue = Rc::new(Queue::new(&self.udp.shared.queued));
-        let (port, waiting) = (Rc::clone(self), Rc::clone(&queue));
+        let (port, waiting, claim) = (Rc::clone(self), Rc::clone(&queue), Rc::clone(claim));
         let task = self.udp.executor.upgrade()?.spawn(async move {
-            if let Err(e) = port.travel(&tunnel, &node, &open, key, id, &waiting).await {
+            let answered = Cell::new(false);
+            let take = |bytes: &[u8]| {
+                answered.set(true);
+                port.answer(key, id, &claim, bytes);
+            };
+            if let Err(e) = travel(tunnel.open(&node, &open), &waiting, take).await {
                 port.udp.shared.say(|| format!("UDP to {} on {node}: {e}", open.endpoint));
+            }
+            // The other end says in no other way that its endpoint refused.
+            if !answered.get() {
+                claim.failed();
             }
             port.udp.close(&key, Some(id));
         });
-        Some(Leg::Far(queue, task))
+        Some(Way::Far(queue, task))
     }
+}
 
-    async fn travel(
-        &self,
-        tunnel: &Handle,
-        node: &str,
-        open: &Open,
-        key: Key,
-        id: u32,
-        queue: &Queue,
-    ) -> Result<(), Refusal> {
-        let mut stream = tunnel.open(node, open);
-        let late = async {
-            Timer::after(OPEN).await;
-            Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
-        };
-        or(stream.opened(), late).await?;
-        // A session that ends is not worth a word: the client's next datagram begins another.
-        let _: io::Result<()> = carry(queue, stream, |bytes| self.answer(key, id, bytes)).await;
-        Ok(())
-    }
+/// Until the stream ends, which is not worth a word: the client's next datagram begins another session.
+async fn travel(mut stream: TunnelStream, queue: &Queue, take: impl Fn(&[u8])) -> Result<(), Refusal> {
+    let late = async {
+        Timer::after(OPEN).await;
+        Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
+    };
+    or(stream.opened(), late).await?;
+    let _: io::Result<()> = carry(queue, stream, take).await;
+    Ok(())
 }
 
 /// Serves a peer's session: its frames go to the socket of an endpoint of ours, and answers come back.

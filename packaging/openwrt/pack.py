@@ -38,6 +38,10 @@ def read(*path):
         return f.read()
 
 
+# Tables of one string each; other tables have lists.
+PAIRS = ("balancer.egress",)
+
+
 def keys():
     """What each key of weft.toml takes, by its default there: `table key kind`, a line each."""
     table, out = "", []
@@ -46,7 +50,8 @@ def keys():
             table = found[1]
         elif found := re.match(r"#(\w+) = (.+)$", line):
             default = found[2]
-            kind = "list" if default[0] == "[" else "map" if default[0] == "{" else "string" if default[0] == '"' else \
+            kind = "pairs" if f"{table}.{found[1]}" in PAIRS else \
+                "list" if default[0] == "[" else "map" if default[0] == "{" else "string" if default[0] == '"' else \
                 "bool" if default in ("true", "false") else "number"
             out.append(f"{table} {found[1]} {kind}\n")
     return "".join(out).encode()

@@ -141,12 +141,11 @@ impl<L> Sessions<L> {
         self.all.push(key, session).map(|(_, old)| old.leg)
     }
 
-    /// The endpoint has answered.
-    pub fn answered(&mut self, now: Instant, key: &Key, id: u32) {
-        if let Some(session) = self.all.get_mut(key).filter(|s| s.id == id) {
-            session.answered = true;
-            session.last = now;
-        }
+    /// The endpoint has answered: true for the first time.
+    pub fn answered(&mut self, now: Instant, key: &Key, id: u32) -> bool {
+        let Some(session) = self.all.get_mut(key).filter(|s| s.id == id) else { return false };
+        session.last = now;
+        !std::mem::replace(&mut session.answered, true)
     }
 
     pub fn close(&mut self, key: &Key, id: Option<u32>) -> Option<L> {

@@ -89,6 +89,15 @@ pub enum Target {
     Remote { node: Name, service: ServiceId, port: u16, address: SocketAddr },
 }
 
+impl Target {
+    /// The endpoint's.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        let (Self::Local(address) | Self::Remote { address, .. }) = self;
+        *address
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoTarget {
     /// No Service has this address and port.
@@ -133,19 +142,11 @@ struct Candidate<'t> {
 }
 
 impl Table {
-    /// Picks an endpoint for a connection.
+    /// Picks an endpoint for a connection or a UDP session; `key` is a hash of the header that [`Table::wants_header`]
+    /// names. Who makes the connection tells the balancer how it goes.
     ///
     /// # Errors
-    /// When no Service has the address, or none of its endpoints is left.
-    pub fn route(&self, here: &Here, ask: Ask<'_>, balancer: &mut Balancer, now: Instant) -> Result<Target, NoTarget> {
-        self.pick(here, ask, None, balancer, now).map(|pick| pick.target)
-    }
-
-    /// The same with a hash of the header that [`Table::wants_header`] names. Who makes the connection tells the balancer
-    /// how it goes.
-    ///
-    /// # Errors
-    /// As [`Table::route`], and where the rule allows no more connections.
+    /// When no Service has the address, none of its endpoints is left, or its rule allows no more TCP connections.
     pub fn pick(
         &self,
         here: &Here,
@@ -158,7 +159,8 @@ impl Table {
         let candidates = self.candidates(here, &ask, service, port, &balancer.prefer);
         let id = (service.id.clone(), port.number, port.protocol);
         let traffic = self.traffic(&service.id, port);
-        if ask.tried.is_empty() && balancer.is_full(&id, traffic.and_then(|t| t.number(Number::Connections))) {
+        let counts = ask.protocol == Protocol::Tcp && ask.tried.is_empty();
+        if counts && balancer.is_full(&id, traffic.and_then(|t| t.number(Number::Connections))) {
             return Err(NoTarget::Full);
         }
         let rule = traffic.map(Rc::as_ref);

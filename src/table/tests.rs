@@ -400,7 +400,8 @@ fn a_node_port_leads_to_its_service_and_with_the_external_policy_local_to_its_en
                 tried: &[],
             };
             let now = crate::clock::Clock::new(0).now();
-            let mut picks = (0..4).map(|_| table.route(&here, ask, &mut balancer, now)).collect::<Vec<_>>();
+            let mut picks =
+                (0..4).map(|_| table.pick(&here, ask, None, &mut balancer, now).map(|p| p.target)).collect::<Vec<_>>();
             picks.dedup();
             picks.len()
         };

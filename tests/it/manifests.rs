@@ -103,7 +103,8 @@ impl World {
         let here = Here { node: here.into(), ..Here::default() };
         let mut balancer = Balancer::new(Policy::RoundRobin, fastrand::Rng::with_seed(1));
         let ask = Ask { destination, protocol, client: [192, 168, 0, 1].into(), tried: &[] };
-        self.table.read(|t| t.route(&here, ask, &mut balancer, Clock::new(0).now()))
+        let now = Clock::new(0).now();
+        self.table.read(|t| t.pick(&here, ask, None, &mut balancer, now)).map(|pick| pick.target)
     }
 
     fn status(&self, name: &str) -> SourceStatus {

@@ -12,7 +12,7 @@ use weft::{
     },
     table::{
         Table,
-        balance::{Ask, Balancer, Here, Target},
+        balance::{Ask, Balancer, Here},
         model::{Change, Object, Protocol, ServiceId, Source},
         rule::{Choice, Number, Rule},
     },
@@ -89,9 +89,7 @@ fn every_rule_is_read_and_what_is_not_done_is_named() {
         let destination = "10.96.0.10:80".parse().unwrap();
         let ask = Ask { destination, protocol: Protocol::Tcp, client: [192, 168, 0, 1].into(), tried: &[] };
         let mut seen: Vec<_> = (0..60)
-            .map(|_| match table.route(&Here::default(), ask, &mut balancer, Instant::now()).unwrap() {
-                Target::Local(address) | Target::Remote { address, .. } => address,
-            })
+            .map(|_| table.pick(&Here::default(), ask, None, &mut balancer, Instant::now()).unwrap().target.address())
             .collect();
         seen.sort_unstable();
         seen.dedup();

@@ -163,6 +163,30 @@ def reloads(router):
     return f"still {before}"
 
 
+# What takes a value of each kind that there is, and what it becomes.
+KINDS = {"config dns": {"list stub 'corp.example=192.0.2.53,192.0.2.54'": 'stub = { "corp.example" = ["192.0.2.53", "192.0.2.54"] }'},
+         "config balancer": {"list prefer 'node'": 'prefer = ["node"]', "option probe '10'": "probe = 10",
+                             "option egress 'worker-*=worker-1'": 'egress = { "worker-*" = "worker-1" }'},
+         "config proxy": {"option beside_kube_proxy '0'": "beside_kube_proxy = false"},
+         "config admin": {"option http '127.0.0.1:7844'": 'http = "127.0.0.1:7844"'}}
+
+
+def kinds(router):
+    good, before = router.text("etc/config/weft"), router.pid()
+    more = "".join(f"\n{table}\n" + "".join(f"\t{line}\n" for line in lines) for table, lines in KINDS.items())
+    router.write("etc/config/weft", good + more)
+    router.ash("service weft reload")
+    toml = router.text("tmp/etc/weft.toml")
+    for line in (line for lines in KINDS.values() for line in lines.values()):
+        expect(line in toml.splitlines(), f"{line!r} is not in {toml}")
+    said = router.kernel("curl", "-sS", "--retry-connrefused", "--retry", "50", "--retry-delay", "1", "http://127.0.0.1:7844/livez")
+    expect(said.startswith("ok"), said)
+    expect(router.pid() == before and not router.errors(), router.errors())
+    router.write("etc/config/weft", good)
+    router.ash("service weft reload")
+    return f"{sum(map(len, KINDS.values()))} options"
+
+
 def bad_edits(router):
     """The agent goes on with what it had; the log says what is wrong."""
     good, before, toml = router.text("etc/config/weft"), router.pid(), router.text("tmp/etc/weft.toml")
@@ -305,7 +329,7 @@ def cases(report):
            "--out", f"{router.top}/root/edge-1.bundle")
         before |= {p: c for p, c in router.tree().items() if p.startswith("root/")}
         for name, case, *more in (("install", installed, package), ("first-minutes", first_minutes), ("dnsmasq", knows_dnsmasq),
-                                  ("reload", reloads), ("bad-edits", bad_edits), ("own-file", own_file), ("respawn", respawns),
+                                  ("reload", reloads), ("kinds", kinds), ("bad-edits", bad_edits), ("own-file", own_file), ("respawn", respawns),
                                   ("state", state), ("switch-off", switched_off), ("upgrade", upgraded, package),
                                   ("remove", removed, before)):
             report.case(f"router-{name}", case, router, *more)

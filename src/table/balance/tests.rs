@@ -79,7 +79,7 @@ impl World {
     fn ask(&mut self, destination: &str, client: u8, tried: &[SocketAddr]) -> Result<Target, NoTarget> {
         let destination = destination.parse().unwrap();
         let ask = Ask { destination, protocol: Protocol::Tcp, client: [192, 168, 0, client].into(), tried };
-        self.table.route(&self.here, ask, &mut self.balancer, self.now)
+        self.table.pick(&self.here, ask, None, &mut self.balancer, self.now).map(|pick| pick.target)
     }
 
     fn address(&mut self, client: u8) -> String {
@@ -233,7 +233,7 @@ fn affinities_are_bounded() {
     for n in 0..2 * AFFINITIES_MAX.get() {
         let client = IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
         let ask = Ask { destination: VIP.parse().unwrap(), protocol: Protocol::Tcp, client, tried: &[] };
-        world.table.route(&world.here, ask, &mut world.balancer, world.now).unwrap();
+        world.table.pick(&world.here, ask, None, &mut world.balancer, world.now).unwrap();
     }
     assert_eq!(world.balancer.affinities.len(), AFFINITIES_MAX.get());
 }

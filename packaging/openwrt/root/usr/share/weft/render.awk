@@ -81,8 +81,13 @@ function put(key, text, list) {
 	is_list[key] = list
 }
 
-# stub: DOMAIN=SERVER,SERVER
+# stub: DOMAIN=SERVER,SERVER; egress: NODES=NODE
 function mapped(place, text,   i, n, part, out) {
+	if (kind[place] == "pairs") {
+		if (!match(text, /^[^=]+=./)) bad(place ": \"" text "\" is not NODES=NODE")
+		i = index(text, "=")
+		return quoted(substr(text, 1, i - 1)) " = " quoted(substr(text, i + 1))
+	}
 	if (!match(text, /^[^=]+=./)) bad(place ": \"" text "\" is not DOMAIN=SERVER,SERVER")
 	i = index(text, "=")
 	n = split(substr(text, i + 1), part, ",")
@@ -121,7 +126,7 @@ word1 == "config" {
 	what = kind[place]
 	if (table == "service" && key == "port") put("ports", port(rest), 1)
 	else if (table == "service" && key == "endpoint") put("endpoints", endpoint(rest), 1)
-	else if (what == "map") { if (key in values) values[key] = substr(values[key], 1, length(values[key]) - 2) ", " mapped(place, rest) " }"; else put(key, "{ " mapped(place, rest) " }", 0) }
+	else if (what == "map" || what == "pairs") { if (key in values) values[key] = substr(values[key], 1, length(values[key]) - 2) ", " mapped(place, rest) " }"; else put(key, "{ " mapped(place, rest) " }", 0) }
 	else if (what == "list" || (what == "" && word1 == "list")) put(key, quoted(rest), 1)
 	else put(key, value(what, place, rest), 0)
 }
