@@ -49,7 +49,7 @@ debian() { [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null && apt-cache sho
 
 apt_install() {
     say "installing with apt: $*"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null </dev/null ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=600 --no-install-recommends "$@" >/dev/null </dev/null ||
         die "apt could not install $*"
     hash -r
 }
@@ -92,7 +92,7 @@ find_toolchain() {
   $me $target --install                        (into ${out#"$root/"}/zig)"
     fi
     export RUSTC=$sysroot/bin/rustc CARGO=$sysroot/bin/cargo
-    export CARGO_TARGET_DIR=$out CARGO_ZIGBUILD_CACHE_DIR=$out/cache ZIG_GLOBAL_CACHE_DIR=$out/cache/zig
+    export CARGO_TARGET_DIR=$out/$target CARGO_ZIGBUILD_CACHE_DIR=$out/cache ZIG_GLOBAL_CACHE_DIR=$out/cache/zig
     unset CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
     # crt-static: without it MIPS is linked with -pie and -lgcc_s, and zig has neither for it.
     RUSTFLAGS=-Ctarget-feature=+crt-static
