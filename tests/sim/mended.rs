@@ -76,6 +76,30 @@ fn streams_go_on_soon_after_an_outage_of_most_of_a_minute() {
     }
 }
 
+/// Both ends have filled their windows with what went into the void, and the first probe of whoever is heard again goes
+/// there as well: neither may wait for the other's ACK.
+#[test]
+fn streams_go_on_where_both_ends_have_sent_into_the_void() {
+    for seed in seeds(20) {
+        for first in [true, false] {
+            let (mut stage, mut traffic, a, b) = pair(seed, Kind::PortRestricted, 1);
+            traffic.run(&mut stage.world, 3 * SEC, |_, _| false);
+            let flows =
+                [(a, b), (b, a)].map(|(from, to)| traffic.open(&mut stage.world, &stage.names, from, to, 200_000));
+            traffic.run(&mut stage.world, SEC, |_, _| false);
+            let (alone, nat) = (if first { a } else { b }, stage.world.hosts[a].nats[0]);
+            stage.apply(&Fault::Block(0, alone));
+            stage.apply(&Fault::Rebind { host: a, nat, moves: true });
+            traffic.flush(&mut stage.world);
+            traffic.run(&mut stage.world, 27 * SEC, |_, _| false);
+            stage.apply(&Fault::Unblock(0, alone));
+            let done = |t: &mut Traffic, _: &mut _| flows.iter().all(|f| t.flows[*f].state == State::Done);
+            let over = traffic.run(&mut stage.world, 15 * SEC, done);
+            assert!(over, "seed {seed}, {first}: {}; {}", traffic.flows[flows[0]], traffic.flows[flows[1]]);
+        }
+    }
+}
+
 #[test]
 fn streams_whose_open_was_cut_off_are_forgotten_with_their_connection() {
     let mut cut_off = 0;
