@@ -33,6 +33,9 @@ const PULSE: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(2);
 const SILENCE_MOST: Duration = Duration::from_secs(4);
 const SILENCE_RTTS: u32 = 6;
+/// A connection that was begun anew, and had no answer, is so again, so often.
+const REVIVE_AGAIN: Duration = Duration::from_millis(500);
+const REVIVALS: u32 = 8;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -65,9 +68,23 @@ enum Outage {
     No,
     /// Nothing has come since [`Slot::alive`], though something was to be acknowledged.
     CutOff,
-    /// It was begun anew at this time, when so many frames had acknowledged something: until there is another, that may
-    /// have gone into the void as well, by the path of then.
-    Revived(Instant, u64),
+    Revived(Revival),
+}
+
+/// It was begun anew, the last time `at`, when so many frames had acknowledged something: until there is another, that may
+/// have gone into the void as well, by the path of then, or to a relay that did not know the other end yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Revival {
+    at: Instant,
+    acks: u64,
+    times: u32,
+}
+
+impl Revival {
+    /// When to begin anew once more; after the last time the sweep sees to it.
+    fn next(self) -> Option<Instant> {
+        (self.times < REVIVALS).then(|| self.at + REVIVE_AGAIN)
+    }
 }
 
 pub(super) struct Slot {
@@ -148,7 +165,20 @@ impl Slot {
     /// When its timers are next of use.
     pub(super) fn timeout(&mut self) -> Option<Instant> {
         let end = self.alive + IDLE;
-        self.conn.poll_timeout().map(|at| if self.stranded { at.max(end) } else { at })
+        let timeout = self.conn.poll_timeout().map(|at| if self.stranded { at.max(end) } else { at });
+        let again = self.revival().filter(|_| !self.stranded).and_then(Revival::next);
+        timeout.into_iter().chain(again).min()
+    }
+
+    fn revival(&self) -> Option<Revival> {
+        match self.outage {
+            Outage::Revived(revival) if !self.lost => Some(revival),
+            Outage::Revived(_) | Outage::CutOff | Outage::No => None,
+        }
+    }
+
+    fn is_answered(&self, revival: Revival) -> bool {
+        self.conn.stats().frame_rx.acks > revival.acks
     }
 
     pub(super) fn expire(&mut self, now: Instant) {
@@ -159,6 +189,11 @@ impl Slot {
                 self.outage = Outage::CutOff;
             }
             self.conn.handle_timeout(now);
+        }
+        match self.revival() {
+            Some(revival) if self.is_answered(revival) => self.outage = Outage::No,
+            Some(revival) if !self.stranded && revival.next().is_some_and(|at| now >= at) => self.revive(now),
+            Some(_) | None => {}
         }
     }
 
@@ -188,9 +223,9 @@ impl Slot {
             (self.alive, self.asked) = (now, false);
             match self.outage {
                 Outage::CutOff => self.revive(now),
-                Outage::Revived(_, acks) if self.conn.stats().frame_rx.acks > acks => self.outage = Outage::No,
-                Outage::Revived(at, _) if now >= at + SILENCE => self.revive(now),
-                Outage::Revived(..) | Outage::No => {}
+                Outage::Revived(revival) if self.is_answered(revival) => self.outage = Outage::No,
+                Outage::Revived(revival) if now >= revival.at + SILENCE => self.revive(now),
+                Outage::Revived(_) | Outage::No => {}
             }
         }
     }
@@ -247,12 +282,16 @@ impl Slot {
         if self.lost {
             return;
         }
-        self.outage = Outage::Revived(now, self.conn.stats().frame_rx.acks);
-        // The next probe ahead of time, but never the end of an idle connection: that is one idle time behind a sign
-        // of life.
-        self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
+        let times = self.revival().map_or(0, |r| r.times + 1);
+        if times == 0 {
+            // The next probe ahead of time, but never the end of an idle connection: that is one idle time behind a sign
+            // of life. Once: the one after it waits twice as long.
+            self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
+        }
+        self.outage = Outage::Revived(Revival { at: now, acks: self.conn.stats().frame_rx.acks, times });
         self.begin_anew(now);
         self.hints.voided();
+        self.conn.ping();
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

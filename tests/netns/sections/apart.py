@@ -120,7 +120,7 @@ class Healthy:
     def becomes(self, code, what, patience):
         def is_so():
             # A reload may be on its way.
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(ConnectionError):
                 return self.ask("/healthz")[0] == code
             return False
         wait_for(is_so, patience, 0.2, what=lambda: f"{what}; {self.agent.tail()}")
@@ -166,10 +166,13 @@ class Healthy:
             if at:
                 self.becomes(200, "it answers elsewhere", 10)
             def is_gone(port=before):
-                with contextlib.suppress(ConnectionRefusedError):
+                try:
                     self.host.tcp("127.0.0.1", port, timeout=5).close()
-                    return False
-                return True
+                except ConnectionRefusedError:
+                    return True
+                except ConnectionResetError:
+                    pass  # it has just been closed
+                return False
             wait_for(is_gone, 10, what="nobody listens where it was")
 
     def end(self):
