@@ -138,6 +138,8 @@ enum Woke {
     Ready,
     /// There is something to send, or to tell.
     Rung,
+    /// The gateway has answered.
+    Gateway,
     /// Devices, addresses or routes have changed.
     Links,
     Resolved(usize, Result<SocketAddr, String>),
@@ -314,22 +316,25 @@ impl Driver {
             let wake = [wake, self.mapper.wake].into_iter().flatten().min();
             let woke = self.wait(&mut bell, wake).await.context("waiting for the UDP socket")?;
             self.shared.node().set_unix(self.clock.unix());
-            let receives = !matches!(woke, Woke::Rung);
+            let (rung, answered) = (matches!(woke, Woke::Rung), matches!(woke, Woke::Gateway));
             match woke {
-                Woke::Ready | Woke::Rung => {}
+                Woke::Ready | Woke::Rung | Woke::Gateway => {}
                 Woke::Links => self.look(),
                 Woke::Resolved(relay, address) => {
                     self.resolving = None;
                     self.shared.node().resolved(self.clock.now(), relay, address);
                 }
             }
-            if receives {
+            if !rung && !answered {
                 self.receive(&mut rx);
             }
-            if let Some(mapped) = self.mapper.turn(self.clock.now()) {
-                self.shared.node().set_mapped(self.clock.now(), mapped);
+            let now = self.clock.now();
+            if (answered || self.mapper.wake.is_some_and(|at| at <= now))
+                && let Some(mapped) = self.mapper.turn(now)
+            {
+                self.shared.node().set_mapped(now, mapped);
             }
-            self.shared.node().handle_tick(self.clock.now());
+            self.shared.node().handle_tick(now);
             self.next_lookup();
         }
     }
@@ -359,7 +364,7 @@ impl Driver {
             }
         };
         let links = async { self.links.changed().await.map(|()| Woke::Links) };
-        let gateway = async { self.mapper.readable().await.map(|()| Woke::Ready) };
+        let gateway = async { self.mapper.readable().await.map(|()| Woke::Gateway) };
         // Both are asked each time: neither starves the other.
         let own = poll_fn(|cx| {
             let rung = pin!(bell.rung()).poll(cx).map(|()| Ok(Woke::Rung));

@@ -19,18 +19,19 @@ impl Node {
     pub(super) fn handle_quic(&mut self, now: Instant, origin: Origin, datagram: BytesMut) {
         let slots = &self.slots;
         let live = |slot| slots.get(slot).is_some();
-        let verdict = self.gate.judge(&datagram, &self.transport.local, live, &self.count);
+        let begun = |dcid: &[u8]| {
+            let same = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
+            slots.iter().find(|(_, s)| same(s)).map(|(index, _)| index)
+        };
+        let verdict = self.gate.judge(&datagram, &self.transport.respond, live, begun, &self.count);
         let dcid = first_dcid(&datagram).to_vec();
         let index = match verdict {
             gate::Verdict::Drop => return,
             // A slot that is gone: quinn answers with a stateless reset, to where this came from.
             gate::Verdict::Ours(slot) => Some(slot).filter(|slot| live(*slot)),
             gate::Verdict::Reset => return self.handle_reset(now, origin, &datagram),
-            // Again the first flight of a handshake under way, or a new one.
-            gate::Verdict::First => {
-                let again = |s: &Slot| s.role == Role::Accepted && s.first_dcid == dcid;
-                slots.iter().find(|(_, s)| again(s)).map(|(index, _)| index)
-            }
+            gate::Verdict::Again(slot) => Some(slot),
+            gate::Verdict::First => None,
         };
         let remote = index.and_then(|i| slots.get(i)).map_or_else(|| admit::remote(origin), |s| s.remote);
         if let Some(index) = index {

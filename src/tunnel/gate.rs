@@ -5,12 +5,11 @@
 use super::{
     cid::{CID_LEN, CidKey, HINT_LEN, hint},
     frame::Cursor,
-    keys::{TAG_LEN, initial_keys},
-    noise::{self, Local},
+    keys::TAG_LEN,
+    noise::Respond,
 };
 use crate::metrics::{TunnelCounters, bump};
 use bytes::BytesMut;
-use quinn_proto::{ConnectionId, Side};
 
 /// RFC 9000 section 17.2.
 const CID_MAX: usize = 20;
@@ -26,7 +25,9 @@ pub(super) enum Verdict {
     Ours(u32),
     /// A short header with a foreign ID: at most a stateless reset.
     Reset,
-    /// A client's first Initial (again, maybe); it opens.
+    /// The first flight of a handshake under way in this slot, again: its connection has the keys, and tells.
+    Again(u32),
+    /// A client's first Initial; it opens.
     First,
     /// Nothing of ours: dropped and counted.
     Drop,
@@ -85,12 +86,13 @@ impl Gate {
         Self { cids, hint: hint(public) }
     }
 
-    /// `live` says whether a slot holds a connection.
+    /// `live` says whether a slot holds a connection, `begun` which one holds that of a client's first DCID.
     pub(super) fn judge(
         &self,
         datagram: &[u8],
-        local: &Local,
+        respond: &Respond,
         live: impl Fn(u32) -> bool,
+        begun: impl Fn(&[u8]) -> Option<u32>,
         count: &TunnelCounters,
     ) -> Verdict {
         if datagram.first().is_none_or(|b| b & 0x80 == 0) {
@@ -103,7 +105,7 @@ impl Gate {
             bump(&count.stray_long_header);
             return Verdict::Drop;
         };
-        if noise::epoch(version).and_then(|e| local.psk(e)).is_none() {
+        if !respond.speaks(version) {
             bump(&count.foreign_version);
             return Verdict::Drop;
         }
@@ -124,32 +126,35 @@ impl Gate {
             bump(&count.foreign_dcid);
             return Verdict::Drop;
         }
-        if datagram.len() < INITIAL_DATAGRAM_MIN || self.opens(datagram, &long, local).is_none() {
+        if let Some(slot) = begun(long.dcid) {
+            return Verdict::Again(slot);
+        }
+        if datagram.len() < INITIAL_DATAGRAM_MIN || opens(datagram, &long, respond).is_none() {
             bump(&count.initial_undecryptable);
             return Verdict::Drop;
         }
         Verdict::First
     }
+}
 
-    /// Opens a copy of the Initial.
-    fn opens(&self, datagram: &[u8], long: &Long<'_>, local: &Local) -> Option<()> {
-        let psk = local.psk(noise::epoch(long.version)?)?;
-        let (at, end) = long.number?;
-        let mut packet = BytesMut::from(datagram.get(..end)?);
-        // Room for the packet number and the sample behind it (RFC 9001 section 5.4.2).
-        (end >= at + 4 + TAG_LEN).then_some(())?;
-        let keys = initial_keys(&local.public, psk, &ConnectionId::new(long.dcid), Side::Server);
+/// Opens a copy of the Initial.
+fn opens(datagram: &[u8], long: &Long<'_>, respond: &Respond) -> Option<()> {
+    let (at, end) = long.number?;
+    let mut packet = BytesMut::from(datagram.get(..end)?);
+    // Room for the packet number and the sample behind it (RFC 9001 section 5.4.2).
+    (end >= at + 4 + TAG_LEN).then_some(())?;
+    respond.admits(long.version, long.dcid, |keys| {
         keys.header.remote.decrypt(at, &mut packet);
         let number_len = usize::from(packet[0] & 3) + 1;
         let number = packet[at..at + number_len].iter().fold(0, |n, b| n << 8 | u64::from(*b));
         let mut payload = packet.split_off(at + number_len);
         keys.packet.remote.decrypt(number, &packet, &mut payload).ok()
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::noise, *};
 
     #[test]
     fn varints_of_rfc_9000_appendix_a() {

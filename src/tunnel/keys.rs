@@ -61,10 +61,27 @@ pub(super) fn expand(prk: &[u8; KEY_LEN], info: &[&[u8]], out: &mut [u8]) -> Res
 
 /// A 32-byte key for a label and its context.
 pub(crate) fn derive(prk: &Key, label: &[u8], context: &[u8]) -> Key {
-    let mut out = Key([0; KEY_LEN]);
-    let done = expand(&prk.0, &[label, context], &mut out.0);
-    debug_assert!(done.is_ok());
-    out
+    Root::new(prk).derive(label, context)
+}
+
+/// A key from which several are derived: what HMAC makes of it is made once.
+struct Root(hkdf::Prk);
+
+impl Root {
+    fn new(key: &Key) -> Self {
+        Self(hkdf::Prk::new_less_safe(HKDF_SHA256, &key.0))
+    }
+
+    fn derive(&self, label: &[u8], context: &[u8]) -> Key {
+        let mut out = Key([0; KEY_LEN]);
+        self.fill(&[label, context], &mut out.0);
+        out
+    }
+
+    fn fill(&self, info: &[&[u8]], out: &mut [u8]) {
+        let done = self.0.expand(info, Len(out.len())).and_then(|okm| okm.fill(out));
+        debug_assert!(done.is_ok());
+    }
 }
 
 /// HKDF-Extract then Expand of something that is not uniformly random by itself.
@@ -122,13 +139,12 @@ struct PacketKey {
 }
 
 impl PacketKey {
-    fn new(cipher: PacketCipher, secret: &Key) -> Self {
+    fn new(cipher: PacketCipher, secret: &Root) -> Self {
         let mut iv = [0; 12];
-        let done = expand(&secret.0, &[b"iv"], &mut iv);
-        debug_assert!(done.is_ok());
+        secret.fill(&[b"iv"], &mut iv);
         let aead = match cipher {
-            PacketCipher::ChaCha20 => Aead::new(&derive(secret, b"key", b"")),
-            PacketCipher::Aes128 => Aead::with(&AES_128_GCM, &derive(secret, b"aes key", b"").0[..AES_KEY_LEN]),
+            PacketCipher::ChaCha20 => Aead::new(&secret.derive(b"key", b"")),
+            PacketCipher::Aes128 => Aead::with(&AES_128_GCM, &secret.derive(b"aes key", b"").0[..AES_KEY_LEN]),
         };
         Self { cipher, aead, iv }
     }
@@ -175,11 +191,11 @@ impl crypto::PacketKey for PacketKey {
 struct HeaderKey(aead::quic::HeaderProtectionKey);
 
 impl HeaderKey {
-    fn new(cipher: PacketCipher, secret: &Key) -> Self {
+    fn new(cipher: PacketCipher, secret: &Root) -> Self {
         let new = aead::quic::HeaderProtectionKey::new;
         let key = match cipher {
-            PacketCipher::ChaCha20 => new(&aead::quic::CHACHA20, &derive(secret, b"hp", b"").0),
-            PacketCipher::Aes128 => new(&aead::quic::AES_128, &derive(secret, b"aes hp", b"").0[..AES_KEY_LEN]),
+            PacketCipher::ChaCha20 => new(&aead::quic::CHACHA20, &secret.derive(b"hp", b"").0),
+            PacketCipher::Aes128 => new(&aead::quic::AES_128, &secret.derive(b"aes hp", b"").0[..AES_KEY_LEN]),
         };
         #[allow(clippy::expect_used)]
         Self(key.expect("a key of the right length"))
@@ -214,22 +230,25 @@ impl crypto::HeaderKey for HeaderKey {
 }
 
 pub(super) fn packet_pair(cipher: PacketCipher, local: &Key, remote: &Key) -> KeyPair<Box<dyn crypto::PacketKey>> {
-    KeyPair { local: Box::new(PacketKey::new(cipher, local)), remote: Box::new(PacketKey::new(cipher, remote)) }
+    let packet = |secret| Box::new(PacketKey::new(cipher, &Root::new(secret)));
+    KeyPair { local: packet(local), remote: packet(remote) }
 }
 
 pub(super) fn keys(cipher: PacketCipher, local: &Key, remote: &Key) -> Keys {
+    let (local, remote) = (Root::new(local), Root::new(remote));
     let header = |secret| Box::new(HeaderKey::new(cipher, secret));
+    let packet = |secret| Box::new(PacketKey::new(cipher, secret));
     Keys {
-        header: KeyPair { local: header(local), remote: header(remote) },
-        packet: packet_pair(cipher, local, remote),
+        header: KeyPair { local: header(&local), remote: header(&remote) },
+        packet: KeyPair { local: packet(&local), remote: packet(&remote) },
     }
 }
 
 /// Keys of the Initial packets: who does not know the responder's key and the psk can form none that
 /// opens, so a stranger's packet costs one AEAD check and gets no answer.
 pub(super) fn initial_keys(responder: &[u8; KEY_LEN], psk: &Key, dcid: &ConnectionId, side: Side) -> Keys {
-    let root = extract(responder, &[&psk.0, dcid], b"weft initial");
-    let (client, server) = (derive(&root, b"client in", b""), derive(&root, b"server in", b""));
+    let root = Root::new(&extract(responder, &[&psk.0, dcid], b"weft initial"));
+    let (client, server) = (root.derive(b"client in", b""), root.derive(b"server in", b""));
     match side {
         Side::Client => keys(PacketCipher::ChaCha20, &client, &server),
         Side::Server => keys(PacketCipher::ChaCha20, &server, &client),

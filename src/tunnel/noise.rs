@@ -196,25 +196,56 @@ impl crypto::ClientConfig for Dial {
     }
 }
 
-pub(super) struct Respond(pub(super) Arc<Local>);
+pub(super) struct Respond {
+    local: Arc<Local>,
+    /// What the gate has just opened: quinn asks for the same right after, and its keys are most of the cost.
+    opened: Mutex<Option<(u32, ConnectionId, Keys)>>,
+}
+
+impl Respond {
+    pub(super) fn new(local: Arc<Local>) -> Self {
+        Self { local, opened: Mutex::new(None) }
+    }
+
+    /// Whether we hold the psk of that version's epoch.
+    pub(super) fn speaks(&self, version: u32) -> bool {
+        epoch(version).and_then(|e| self.local.psk(e)).is_some()
+    }
+
+    /// Whether this client's Initial opens; `open` tries.
+    pub(super) fn admits(&self, version: u32, dcid: &[u8], open: impl FnOnce(&Keys) -> Option<()>) -> Option<()> {
+        let psk = epoch(version).and_then(|e| self.local.psk(e))?;
+        let dcid = ConnectionId::new(dcid);
+        let keys = initial_keys(&self.local.public, psk, &dcid, Side::Server);
+        open(&keys)?;
+        if let Ok(mut opened) = self.opened.lock() {
+            *opened = Some((version, dcid, keys));
+        }
+        Some(())
+    }
+}
 
 impl crypto::ServerConfig for Respond {
     fn initial_keys(&self, version: u32, dcid: &ConnectionId) -> Result<Keys, crypto::UnsupportedVersion> {
-        let psk = epoch(version).and_then(|e| self.0.psk(e)).ok_or(crypto::UnsupportedVersion)?;
-        Ok(initial_keys(&self.0.public, psk, dcid, Side::Server))
+        let opened = self.opened.lock().ok().and_then(|mut opened| opened.take());
+        if let Some((_, _, keys)) = opened.filter(|(v, id, _)| (*v, id) == (version, dcid)) {
+            return Ok(keys);
+        }
+        let psk = epoch(version).and_then(|e| self.local.psk(e)).ok_or(crypto::UnsupportedVersion)?;
+        Ok(initial_keys(&self.local.public, psk, dcid, Side::Server))
     }
 
     fn retry_tag(&self, version: u32, original: &ConnectionId, packet: &[u8]) -> [u8; 16] {
-        let psk = epoch(version).and_then(|e| self.0.psk(e));
-        psk.map_or([0; 16], |psk| retry_mac(&self.0.public, psk, original, &[packet]))
+        let psk = epoch(version).and_then(|e| self.local.psk(e));
+        psk.map_or([0; 16], |psk| retry_mac(&self.local.public, psk, original, &[packet]))
     }
 
     fn start_session(self: Arc<Self>, version: u32, parameters: &TransportParameters) -> Box<dyn crypto::Session> {
         // quinn never comes here with a version that `initial_keys` refused; if it did, the
         // session would fail its first read.
-        let psk = epoch(version).and_then(|e| self.0.psk(e)).cloned().unwrap_or(Key([0; KEY_LEN]));
-        let noise = self.0.builder(&psk).and_then(snow::Builder::build_responder);
-        let mut session = Session::empty(Role::Server(Arc::clone(&self.0)), self.0.public, psk, parameters);
+        let psk = epoch(version).and_then(|e| self.local.psk(e)).cloned().unwrap_or(Key([0; KEY_LEN]));
+        let noise = self.local.builder(&psk).and_then(snow::Builder::build_responder);
+        let mut session = Session::empty(Role::Server(Arc::clone(&self.local)), self.local.public, psk, parameters);
         session.noise = noise.ok().map(Box::new);
         Box::new(session)
     }
@@ -232,7 +263,7 @@ pub fn ends(near: Local, far: Local, name: &str, purpose: Purpose) -> Option<[Bo
     let version = version(near.psks.first()?.0);
     let dial = Dial { peer: far.public, local: Arc::new(near), name: name.into(), purpose };
     let client = Arc::new(dial).start_session(version, name, &parameters(Side::Server)?).ok()?;
-    Some([client, Arc::new(Respond(Arc::new(far))).start_session(version, &parameters(Side::Client)?)])
+    Some([client, Arc::new(Respond::new(Arc::new(far))).start_session(version, &parameters(Side::Client)?)])
 }
 
 fn retry_mac(responder: &[u8; KEY_LEN], psk: &Key, original: &ConnectionId, parts: &[&[u8]]) -> [u8; 16] {

@@ -55,6 +55,7 @@ const RESET_GAP: Duration = Duration::from_millis(1);
 /// What every connection of a node shares.
 pub(super) struct Transport {
     pub(super) local: Arc<Local>,
+    pub(super) respond: Arc<Respond>,
     pub(super) cids: CidKey,
     /// The slot for which quinn will ask connection IDs next.
     pub(super) current: Arc<AtomicU32>,
@@ -69,7 +70,8 @@ impl Transport {
     pub(super) fn new(local: Arc<Local>, stream_window: u32, congestion: Congestion, mut rng: fastrand::Rng) -> Self {
         let root = derive(&local.secret, b"weft cid", b"");
         let token = derive(&local.secret, b"weft token", b"");
-        let mut server = ServerConfig::new(Arc::new(Respond(Arc::clone(&local))), Arc::new(TokenKey(token)));
+        let respond = Arc::new(Respond::new(Arc::clone(&local)));
+        let mut server = ServerConfig::new(Arc::clone(&respond) as _, Arc::new(TokenKey(token)));
         server
             // Below us a peer has one virtual address, whatever its path: quinn must see no migration.
             .migration(false)
@@ -77,6 +79,7 @@ impl Transport {
             .incoming_buffer_size(INCOMING_BYTES)
             .incoming_buffer_size_total(INCOMING_BYTES_ALL);
         Self {
+            respond,
             cids: CidKey::new(&root),
             current: Arc::new(AtomicU32::new(0)),
             server,

@@ -75,7 +75,7 @@ fn pair_with(purpose: Purpose, [near, far]: [bool; 2]) -> [Box<dyn Session>; 2] 
     let (near, far) = (local("a", 21, ca, near), local("b", 22, ca, far));
     let dial = Dial { peer: far.public, local: near, name: "b".into(), purpose };
     let client = Arc::new(dial).start_session(version(3), "weft", &parameters(Side::Server)).unwrap();
-    [client, Arc::new(Respond(far)).start_session(version(3), &parameters(Side::Client))]
+    [client, Arc::new(Respond::new(far)).start_session(version(3), &parameters(Side::Client))]
 }
 
 /// The four messages of a handshake, each read by `feed`; the sessions after it.
@@ -237,8 +237,29 @@ fn keys_and_packets() {
         keys.header.local.encrypt(9, &mut packet);
         is(&packet, hex);
     }
-    let server = Respond(local("b", 22, authority().public(), false));
+    let server = Respond::new(local("b", 22, authority().public(), false));
     is(&server.retry_tag(version(3), &dcid, b"a Retry without its tag"), "268db2942ad7b8f64d53756594133f04");
+}
+
+#[test]
+fn keys_of_an_initial_that_was_opened_serve_that_one_alone() {
+    let server = Respond::new(local("b", 22, authority().public(), false));
+    let sealed = |keys: &Keys| {
+        let mut packet = vec![0x43; 40];
+        keys.packet.local.encrypt(7, &mut packet, 13);
+        packet
+    };
+    let of = |first: u8| ConnectionId::new(&[first; 16]);
+    let fresh = |dcid: &ConnectionId| sealed(&server.initial_keys(version(3), dcid).unwrap_or_else(|_| panic!("keys")));
+    let (one, other) = (fresh(&of(1)), fresh(&of(2)));
+    assert_ne!(one, other);
+    for asked in [1, 2] {
+        assert!(server.admits(version(3), &of(1), |_| Some(())).is_some());
+        assert_eq!(fresh(&of(asked)), [&one, &other][usize::from(asked) - 1].clone());
+        assert_eq!(fresh(&of(1)), one, "and once");
+    }
+    assert!(server.admits(version(3), &of(1), |_| None).is_none() && fresh(&of(1)) == one);
+    assert!(server.admits(version(9), &of(1), |_| Some(())).is_none(), "no psk of that epoch");
 }
 
 #[test]
