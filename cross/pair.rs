@@ -18,7 +18,10 @@ use weft::{
     config::{Config, RelayName},
     metrics::TunnelCounters,
     reactor::{LocalExecutor, Timer},
-    table::model::{Protocol, ServiceId},
+    table::{
+        balance::OnLink,
+        model::{Protocol, ServiceId},
+    },
     tunnel::{self, Driver, Handle, Open, identity::Roles},
 };
 
@@ -79,6 +82,7 @@ fn run(dir: &Path, name: &str, port: Option<u16>) -> anyhow::Result<()> {
         clock: Clock::new(BUILT),
         counters: Rc::new(TunnelCounters::default()),
         remembered: Vec::new(),
+        on_link: OnLink::default(),
     };
     let (driver, handle) = Driver::bind(&config, setup)?;
     let at = driver.local_addr()?;

@@ -14,7 +14,7 @@ use crate::{
     shared::Reader,
     table::{
         Table,
-        balance::{Fared, PortId},
+        balance::{Fared, Here, PortId},
     },
     tunnel,
 };
@@ -67,6 +67,7 @@ pub struct Views {
     pub resolve: Box<dyn Fn(&str) -> view::Resolution>,
     /// Where no DestinationRule says another.
     pub policy: Policy,
+    pub here: Here,
     pub fared: Box<HowFared>,
     /// What is wrong, in a line; None: all is well.
     pub unwell: Box<dyn Fn() -> Option<String>>,
@@ -185,7 +186,7 @@ impl Views {
     }
 
     fn proxied(&self) -> report::Proxied<'_> {
-        report::Proxied { policy: self.policy, fared: &*self.fared }
+        report::Proxied { policy: self.policy, here: &self.here, fared: &*self.fared }
     }
 
     fn status(&self) -> view::Status {

@@ -30,7 +30,7 @@ use crate::{
     sys,
     table::{
         Table,
-        balance::{Balancer, Here, Nodes},
+        balance::{Balancer, Here, Nodes, OnLink},
         model::Source,
         statics,
     },
@@ -233,6 +233,8 @@ pub(crate) struct Wiring {
     dns_port: Option<u16>,
     pub(crate) tunnel: Writer<Option<tunnel::Handle>>,
     tunnel_at: Option<SocketAddr>,
+    /// Whom the tunnel finds on our LANs.
+    on_link: OnLink,
     /// Its port, that of IPv6, and those of UDP.
     proxy: Option<(u16, Option<u16>, Reader<udp::Ports>)>,
     /// Of all proxies, so that clients stay where they are when another one begins.
@@ -271,6 +273,7 @@ impl Wiring {
             dns_port: None,
             tunnel: Writer::new(None),
             tunnel_at: None,
+            on_link: OnLink::default(),
             proxy: None,
             balancer: Rc::new(RefCell::new(Balancer::new(Policy::RoundRobin, fastrand::Rng::new()))),
             drains: Vec::new(),
@@ -371,6 +374,7 @@ impl Wiring {
             network: checks::network(&self.config, self.bundle.as_ref()).into(),
             zone: self.config.node.zone.as_str().into(),
             neighbours: self.config.node.neighbours.iter().map(String::as_str).collect(),
+            on_link: self.on_link.clone(),
             is_egress: self.bundle.as_ref().is_some_and(|b| b.certificate.roles.contains(Roles::EGRESS)),
             egress: self
                 .config
@@ -383,6 +387,7 @@ impl Wiring {
     }
 
     pub(crate) fn tunnel(&mut self) -> anyhow::Result<()> {
+        self.on_link.set(&[]);
         let Some(bundle) = self.bundle.clone().filter(|_| self.config.tunnel.enable) else { return Ok(()) };
         let resolver = Rc::clone(&self.resolver);
         let setup = tunnel::Setup {
@@ -399,6 +404,7 @@ impl Wiring {
             clock: self.clock,
             counters: Rc::clone(&self.counts.tunnel),
             remembered: std::mem::take(&mut self.restored.peers),
+            on_link: self.on_link.clone(),
         };
         let (driver, handle) = tunnel::Driver::bind(&self.config.tunnel, setup)?;
         let at = driver.local_addr()?;
@@ -575,6 +581,7 @@ impl Wiring {
             unwell: Box::new(move || unwell.unwell()),
             resolve: Box::new(resolve),
             policy: self.config.balancer.default,
+            here: self.here(),
             fared: Box::new(move |port, address| balancer.borrow().fared(port, address, clock.now())),
         })
     }

@@ -14,6 +14,7 @@ use crate::{
     },
     metrics::TunnelCounters,
     reactor::{LocalExecutor, Timer},
+    table::balance::OnLink,
     tunnel::{self, identity::Bundle},
 };
 use futures_lite::future::or;
@@ -186,6 +187,7 @@ pub(crate) fn relays(config: &Config, bundle: Bundle, port_is_free: bool) -> (Ve
         clock: Clock::new(BUILT),
         counters: Rc::new(TunnelCounters::default()),
         remembered: Vec::new(),
+        on_link: OnLink::default(),
     };
     let (driver, handle) = match tunnel::Driver::bind(&tunnel, setup) {
         Ok(both) => both,

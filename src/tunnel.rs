@@ -66,6 +66,7 @@ use crate::{
     portmap::Mapper,
     reactor::{Async, Timer},
     shared::Listener,
+    table::balance::OnLink,
     uplinks::Links,
 };
 use anyhow::{Context as _, bail};
@@ -127,6 +128,7 @@ pub struct Driver {
     tries: Vec<usize>,
     links: Links,
     mapper: Mapper,
+    on_link: OnLink,
     /// For relays, or nodes, that have no UDP.
     carrier: Rc<Carrier>,
     /// It rings at this time or, where that was put off since, too early: a timer made anew costs five system calls.
@@ -159,13 +161,16 @@ pub struct Setup {
     pub counters: Rc<TunnelCounters>,
     /// Peers of before a restart.
     pub remembered: Vec<Remembered>,
+    /// Told who is on a link of ours.
+    pub on_link: OnLink,
 }
 
 impl Driver {
     /// # Errors
     /// When the port is taken, or the bundle has no key, or a relay of the config has no certificate.
     pub fn bind(config: &TunnelConfig, setup: Setup) -> anyhow::Result<(Self, Handle)> {
-        let Setup { name, bundle, key, is_relay, relay_limits, mark, lookup, clock, counters, remembered } = setup;
+        let Setup { name, bundle, key, is_relay, relay_limits, mark, lookup, clock, counters, remembered, on_link } =
+            setup;
         let secret =
             key.or_else(|| bundle.key.clone()).context("the bundle has no key and the node has none either")?;
         let pair = KeyPair::from_private(secret)?;
@@ -264,6 +269,7 @@ impl Driver {
             tries: Vec::new(),
             links,
             mapper: Mapper::new(port, config.port_mapping),
+            on_link,
             carrier,
             alarm: None,
         };
@@ -392,6 +398,7 @@ impl Driver {
                     }
                     self.next_lookup();
                 }
+                Output::Event(Event::Neighbours(names)) => self.on_link.set(&names),
                 Output::Event(Event::Wake(key)) => self.shared.wake(key),
                 Output::Event(Event::Incoming { key, peer, open }) => self.shared.incoming(key, peer, open),
                 Output::Wait(at) => return at,

@@ -159,13 +159,17 @@ fn details(s: &Service) -> String {
             ports.join(","),
             name(&e.node),
             name(&e.zone),
+            if e.near.is_empty() { "-".into() } else { e.near.clone() },
             name(&e.hostname),
             format!("{}/{}", e.live, e.connections),
             e.failures.to_string(),
             state,
         ]
     });
-    out.push_str(&table(["ENDPOINT", "PORTS", "NODE", "ZONE", "HOSTNAME", "LIVE/ALL", "FAILED", "STATE"], rows));
+    out.push_str(&table(
+        ["ENDPOINT", "PORTS", "NODE", "ZONE", "NEAR", "HOSTNAME", "LIVE/ALL", "FAILED", "STATE"],
+        rows,
+    ));
     out
 }
 

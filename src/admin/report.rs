@@ -5,7 +5,7 @@ use crate::{
     config::Policy,
     table::{
         Table,
-        balance::Fared,
+        balance::{Fared, Here},
         model::{Affinity, Protocol, Service, ServiceId, ServiceKind, ServicePort},
         rule::Choice,
     },
@@ -18,6 +18,7 @@ const RULES_MAX: usize = 8;
 /// What the proxy knows beside the table.
 pub struct Proxied<'p> {
     pub policy: Policy,
+    pub here: &'p Here,
     pub fared: &'p super::HowFared,
 }
 
@@ -153,6 +154,7 @@ fn endpoints(table: &Table, s: &Service, proxied: &Proxied<'_>) -> Vec<view::End
             ports,
             node: e.node.as_deref().map(Into::into),
             zone: table.zone_of(e.about()).map(Into::into),
+            near: table.how_near(proxied.here, e).into(),
             hostname: e.hostname.as_deref().map(Into::into),
             ready: e.ready,
             terminating: e.terminating,

@@ -144,6 +144,8 @@ pub struct Endpoint {
     pub ports: Vec<u16>,
     pub node: Option<String>,
     pub zone: Option<String>,
+    /// "here", "network", "LAN", "zone": of which kind it is near; empty: of none.
+    pub near: String,
     pub hostname: Option<String>,
     pub ready: bool,
     pub terminating: bool,

@@ -12,6 +12,7 @@ use super::{
 use crate::sorted::Set;
 pub use state::{Balancer, Fared, OUTLIER};
 use std::{
+    cell::RefCell,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     time::Instant,
@@ -27,6 +28,8 @@ pub struct Here {
     pub zone: Name,
     /// The other nodes of our own, not empty network: dialled from here and not through the tunnel.
     pub neighbours: Nodes,
+    /// As near as those of our zone.
+    pub on_link: OnLink,
     /// Whether we open the neighbours' endpoints for peers.
     pub is_egress: bool,
     /// Nodes whose endpoints another one opens.
@@ -53,6 +56,21 @@ impl Nodes {
     }
 }
 
+/// Nodes on a LAN of ours, as the tunnel finds them; all clones show the same.
+#[derive(Clone, Debug, Default)]
+pub struct OnLink(Rc<RefCell<Set<Name>>>);
+
+impl OnLink {
+    pub fn set(&self, names: &[String]) {
+        *self.0.borrow_mut() = names.iter().map(|name| name.as_str().into()).collect();
+    }
+
+    #[must_use]
+    pub fn has(&self, node: &str) -> bool {
+        self.0.borrow().contains(node)
+    }
+}
+
 /// A kind of nearness, for `[balancer] prefer`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Nearness {
@@ -60,7 +78,7 @@ pub enum Nearness {
     Node,
     /// On a node of our network, or here.
     Network,
-    /// In our zone, or on a node of our network.
+    /// In our zone, or on a node of our network or our LAN.
     Zone,
     /// Wherever it is.
     Any,
@@ -254,11 +272,7 @@ impl Table {
             let near = |nearness: &Nearness| match nearness {
                 Nearness::Node => place == Place::Here,
                 Nearness::Network => place == Place::Here || (place == Place::Direct && endpoint.node.is_some()),
-                Nearness::Zone => match place {
-                    Place::Here => true,
-                    Place::Direct if endpoint.node.is_some() => true,
-                    Place::Direct | Place::Far(_) => zone.is_some() && self.zone_of(endpoint.about()) == zone,
-                },
+                Nearness::Zone => self.is_zonal(here, zone, endpoint, place),
                 Nearness::Any => true,
             };
             prefer.iter().position(near).unwrap_or(prefer.len())
@@ -319,11 +333,30 @@ impl Table {
     pub fn nearness(&self, here: &Here, endpoint: EndpointRef<'_>) -> Nearness {
         match self.place(here, endpoint) {
             Place::Here => Nearness::Node,
-            Place::Direct if endpoint.node.is_some() => Nearness::Zone,
-            Place::Direct | Place::Far(_) => match self.own_zone(here) {
-                Some(zone) if self.zone_of(endpoint.about()) == Some(zone) => Nearness::Zone,
-                Some(_) | None => Nearness::Any,
-            },
+            place if self.is_zonal(here, self.own_zone(here), endpoint, place) => Nearness::Zone,
+            Place::Direct | Place::Far(_) => Nearness::Any,
+        }
+    }
+
+    /// The same in a word, with the reason.
+    #[must_use]
+    pub fn how_near(&self, here: &Here, endpoint: EndpointRef<'_>) -> &'static str {
+        match self.place(here, endpoint) {
+            Place::Here => "here",
+            Place::Direct if endpoint.node.is_some() => "network",
+            Place::Far(node) if here.on_link.has(node) => "LAN",
+            place if self.is_zonal(here, self.own_zone(here), endpoint, place) => "zone",
+            Place::Direct | Place::Far(_) => "",
+        }
+    }
+
+    /// Whether it counts as of our zone.
+    fn is_zonal(&self, here: &Here, zone: Option<&str>, endpoint: EndpointRef<'_>, place: Place<'_>) -> bool {
+        match place {
+            Place::Here => true,
+            Place::Direct if endpoint.node.is_some() => true,
+            Place::Far(node) if here.on_link.has(node) => true,
+            Place::Direct | Place::Far(_) => zone.is_some() && self.zone_of(endpoint.about()) == zone,
         }
     }
 

@@ -171,7 +171,7 @@ impl Node {
     /// Whether packets on this path cross no router.
     pub(super) fn on_link(&self, path: Path) -> bool {
         match path {
-            Path::Direct(way) => self.lan.links.iter().any(|link| link.contains(way.remote.ip())),
+            Path::Direct(way) => self.lan.holds(way.remote.ip()),
             Path::Relay { .. } => false,
         }
     }

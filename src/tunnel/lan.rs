@@ -6,10 +6,10 @@
 use super::{
     identity::Certificate,
     keys::{Key, TAG_LEN, derive, fill},
-    node::{Node, Output},
+    node::{Event, Node, Output},
     path::{Path, Way},
 };
-use crate::metrics::bump;
+use crate::{metrics::bump, sorted::Map};
 use chacha20poly1305::{AeadInPlace, KeyInit, XChaCha20Poly1305, XNonce};
 use std::{
     net::{IpAddr, SocketAddr},
@@ -24,6 +24,12 @@ const BODY_MAX: usize = 1024;
 const EVERY: Duration = Duration::from_secs(30);
 /// Between beacons that ask for somebody, all together: a wish for many nodes is one question.
 const ASK_GAP: Duration = Duration::from_millis(100);
+/// A neighbour that was not heard for so long is none any more: three beacons.
+const HEARD: Duration = Duration::from_secs(100);
+/// After a change of our links those of before have so long to be heard again.
+const HEARD_BEFORE: Duration = Duration::from_secs(5);
+/// Neighbours that are told of; more are nodes like all others.
+const NEIGHBOURS_MAX: usize = 256;
 /// Beacons that are opened in a second; more are dropped unread.
 const OPENED_PER_SECOND: u32 = 200;
 
@@ -58,6 +64,8 @@ pub(super) struct Lan {
     /// The next one asks all to answer.
     asks: bool,
     asked: Option<Instant>,
+    /// Nodes on our links, and until when they count.
+    neighbours: Map<String, Instant>,
     budget: (Instant, u32),
 }
 
@@ -65,7 +73,8 @@ impl Lan {
     /// Without a psk there are no beacons.
     pub(super) fn new(psk: Option<&Key>, now: Instant) -> Self {
         let aead = psk.map(|psk| XChaCha20Poly1305::new(&derive(psk, b"lan", b"").0.into()));
-        Self { aead, links: Vec::new(), next: now, asks: true, asked: None, budget: (now, OPENED_PER_SECOND) }
+        let (links, neighbours) = (Vec::new(), Map::new());
+        Self { aead, links, next: now, asks: true, asked: None, neighbours, budget: (now, OPENED_PER_SECOND) }
     }
 
     pub(super) fn enabled(&self) -> bool {
@@ -80,6 +89,34 @@ impl Lan {
     pub(super) fn ask(&mut self, now: Instant) {
         let at = self.asked.map_or(now, |asked| now.max(asked + ASK_GAP));
         (self.asks, self.next) = (true, self.next.min(at));
+    }
+
+    /// Whether an address is on one of our links.
+    pub(super) fn holds(&self, ip: IpAddr) -> bool {
+        self.links.iter().any(|link| link.contains(ip))
+    }
+
+    pub(super) fn set_links(&mut self, now: Instant, links: Vec<Link>) {
+        self.links = links;
+        self.neighbours.values_mut().for_each(|until| *until = (*until).min(now + HEARD_BEFORE));
+        self.ask(now);
+    }
+
+    /// Whether it is a new neighbour.
+    fn hear(&mut self, now: Instant, name: &str) -> bool {
+        let known = self.neighbours.get_mut(name).map(|until| *until = now + HEARD).is_some();
+        let new = !known && self.neighbours.len() < NEIGHBOURS_MAX;
+        if new {
+            self.neighbours.insert(name.into(), now + HEARD);
+        }
+        new
+    }
+
+    /// Whether some are no neighbours any more.
+    fn forget(&mut self, now: Instant) -> bool {
+        let before = self.neighbours.len();
+        self.neighbours.retain(|_, until| now < *until);
+        self.neighbours.len() < before
     }
 
     fn seal(&self, asks: bool, certificate: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
@@ -128,8 +165,23 @@ impl Node {
         Some(Output::Beacon)
     }
 
+    /// Where beacons do not come through, a path tells as well who is on a link of ours.
+    pub(super) fn look_around(&mut self, now: Instant) {
+        let on_link = |path: Path| matches!(path, Path::Direct(way) if self.lan.holds(way.remote.ip()));
+        let beside = self.slots.iter().filter(|(_, s)| on_link(s.path)).filter_map(|(_, s)| s.peer.clone());
+        let beside: Vec<String> = beside.collect();
+        let found = beside.iter().filter(|name| self.lan.hear(now, name)).count();
+        if self.lan.forget(now) || found > 0 {
+            self.tell_neighbours();
+        }
+    }
+
+    fn tell_neighbours(&mut self) {
+        self.events.push_back(Event::Neighbours(self.lan.neighbours.keys().cloned().collect()));
+    }
+
     pub(super) fn handle_beacon(&mut self, now: Instant, from: SocketAddr, frame: &[u8]) {
-        if !self.lan.links.iter().any(|link| link.contains(from.ip())) || self.local.contains(&from) {
+        if !self.lan.holds(from.ip()) || self.local.contains(&from) {
             return bump(&self.count.beacon_rejects);
         }
         let Some((asks, certificate)) = self.lan.open(now, frame) else { return bump(&self.count.beacon_rejects) };
@@ -144,6 +196,9 @@ impl Node {
         if asks {
             let reply = self.lan.seal(false, &self.transport.local.certificate, &mut self.rng);
             let _ = reply.is_some_and(|frame| self.outbox.push(from, frame));
+        }
+        if self.lan.hear(now, &name) {
+            self.tell_neighbours();
         }
         if self.peers.entry(now, &name).is_none() {
             return;
@@ -176,6 +231,24 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn neighbours_are_forgotten_and_bounded() {
+        let start = Instant::now();
+        let after = |secs| start + Duration::from_secs(secs);
+        let mut lan = Lan::new(None, start);
+        let names = |lan: &Lan| lan.neighbours.keys().cloned().collect::<Vec<_>>();
+        assert!(lan.hear(start, "a") && lan.hear(start, "b") && !lan.hear(after(60), "b"));
+        assert!(!lan.forget(after(99)) && lan.forget(after(100)));
+        assert_eq!(names(&lan), ["b"]);
+        lan.hear(after(100), "c");
+        lan.set_links(after(101), Vec::new());
+        assert!(!lan.hear(after(102), "c"), "it has been one all the time");
+        assert!(!lan.forget(after(105)) && lan.forget(after(106)));
+        assert_eq!(names(&lan), ["c"]);
+        let new = (0..2 * NEIGHBOURS_MAX).filter(|n| lan.hear(after(107), &n.to_string())).count();
+        assert_eq!(new, NEIGHBOURS_MAX - 1);
+    }
 
     #[test]
     fn links_contain_what_shares_their_prefix() {

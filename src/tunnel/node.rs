@@ -74,6 +74,8 @@ pub enum Event {
     Incoming { key: u32, peer: String, open: Open },
     /// A relay's host name must be looked up; the answer goes to [`Node::resolved`].
     Resolve { relay: usize, host: String },
+    /// These nodes are on a link of ours: all of them, after a change.
+    Neighbours(Vec<String>),
 }
 
 #[derive(Debug)]
@@ -366,6 +368,7 @@ impl Node {
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sweep(now);
+            self.look_around(now);
         }
     }
 

@@ -36,8 +36,7 @@ impl Node {
             let beyond_links = |ip: IpAddr| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
             let known = links.iter().map(|link| link.address).filter(|ip| beyond_links(*ip));
             self.local = known.map(|ip| SocketAddr::new(ip, port)).collect();
-            self.lan.links = links;
-            self.lan.ask(now);
+            self.lan.set_links(now, links);
             self.due = Some(now);
             self.seek_all(now);
         }
@@ -179,7 +178,7 @@ impl Node {
     /// Whether what goes this way passes the NAT that the relays see us behind.
     fn behind_nat(&self, way: Way) -> bool {
         let ours = way.local.is_none() || way.local == self.uplinks.source(way.remote.ip());
-        way.remote.is_ipv4() && ours && !self.lan.links.iter().any(|l| l.contains(way.remote.ip()))
+        way.remote.is_ipv4() && ours && !self.lan.holds(way.remote.ip())
     }
 
     fn note_relays(&mut self, now: Instant) {

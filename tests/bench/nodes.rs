@@ -171,7 +171,7 @@ impl Runner {
                     self.node.answer(key, &Ok(()));
                     self.stream = Some(key);
                 }
-                Output::Event(Event::Wake(_)) | Output::Beacon => {}
+                Output::Event(Event::Wake(_) | Event::Neighbours(_)) | Output::Beacon => {}
                 Output::Wait(at) => return at.unwrap_or(now + Duration::from_secs(1)),
             }
         }

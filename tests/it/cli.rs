@@ -227,9 +227,9 @@ fn an_agent_tells_and_leaves_nothing() {
     assert_eq!(agent.ask(&["services"]).1, all);
     let web = "shop/web  ClusterIP  10.96.0.10  http:80/TCP\n\
                port 80/TCP: round-robin\n\
-               ENDPOINT      PORTS  NODE    ZONE  HOSTNAME  LIVE/ALL  FAILED  STATE\n\
-               192.168.1.10  8080   edge-1  -     -         0/0       0       ready\n\
-               192.168.1.11  9090   -       -     -         0/0       0       ready\n";
+               ENDPOINT      PORTS  NODE    ZONE  NEAR  HOSTNAME  LIVE/ALL  FAILED  STATE\n\
+               192.168.1.10  8080   edge-1  -     here  -         0/0       0       ready\n\
+               192.168.1.11  9090   -       -     -     -         0/0       0       ready\n";
     for name in ["web", "shop/web", "web.shop", "web.shop.svc.cluster.local"] {
         assert_eq!(agent.ask(&["services", name]).1, web, "{name}");
     }

@@ -205,9 +205,9 @@ class Net:
         self.ends.append(end)
         return end
 
-    def start(self, edges=True):
-        """Agents of the relays first; then, all at once, those of the ends."""
-        services = [service(e.name, e.vip, VIP_PORT, [(e.address, e.name)], FLOW_PORT) for e in self.ends]
+    def start(self, edges=True, more=()):
+        """Agents of the relays first; then, all at once, those of the ends. `more`: Services beside one of each end."""
+        services = [service(e.name, e.vip, VIP_PORT, [(e.address, e.name)], FLOW_PORT) for e in self.ends] + list(more)
         for e in self.ends:
             config = {"dns": {"enable": False}, "service": services}
             e.agent = Agent(e.node, e.name, self.authority.issue(e.name, e.relays or self.at), config)

@@ -358,7 +358,7 @@ impl World {
                 }
                 Output::Event(Event::Wake(key)) => host.woken.extend([key]),
                 Output::Event(Event::Incoming { key, peer, open }) => host.incoming.push_back((key, peer, open)),
-                Output::Event(Event::Resolve { .. }) => {}
+                Output::Event(Event::Resolve { .. } | Event::Neighbours(_)) => {}
                 Output::Wait(at_time) => {
                     host.wait = at_time;
                     return;

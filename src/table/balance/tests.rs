@@ -147,6 +147,17 @@ fn the_nearest_kind_that_has_an_endpoint_is_used() {
     assert_eq!(world.spread(4).into_keys().collect::<Vec<_>>(), ["10.1.0.2:8080"]);
     world.here.zone = "south".into();
     assert_eq!(world.spread(4).into_keys().collect::<Vec<_>>(), ["10.1.0.3:8080"]);
+    let on_link = world.here.on_link.clone();
+    on_link.set(&["edge-2".into(), "edge-9".into()]);
+    assert_eq!(world.spread(4).into_keys().collect::<Vec<_>>(), ["10.1.0.2:8080", "10.1.0.3:8080"], "on a LAN of ours");
+    let near = |address: &str| {
+        let mut all = world.table.endpoints(&service().id).map(|(_, e)| e);
+        let endpoint = all.find(|e| e.address.to_string() == address).unwrap();
+        (world.table.nearness(&world.here, endpoint), world.table.how_near(&world.here, endpoint))
+    };
+    assert_eq!([near("10.1.0.2"), near("10.1.0.3")], [(Nearness::Zone, "LAN"), (Nearness::Zone, "zone")]);
+    on_link.set(&[]);
+    assert_eq!(world.spread(4).into_keys().collect::<Vec<_>>(), ["10.1.0.3:8080"]);
     world.put(slice("web-1", vec![endpoint("10.1.0.9", Some("edge-9"))]));
     assert_eq!(world.spread(4).into_keys().collect::<Vec<_>>(), ["10.1.0.9:8080"]);
 }
