@@ -30,6 +30,8 @@ pub(crate) struct Lease<S: Deref<Target = Shared>> {
     port: PortId,
     pub(crate) address: SocketAddr,
     traffic: Option<Rc<Traffic>>,
+    /// Another endpoint could have it instead.
+    pub(crate) has_others: bool,
 }
 
 /// Bytes up and down of one connection.
@@ -46,12 +48,12 @@ impl<S: Deref<Target = Shared>> Lease<S> {
     pub(crate) fn take(shared: S, ask: Ask<'_>, key: Option<u64>) -> Result<(Target, Self), NoTarget> {
         let now = shared.clock.now();
         let mut balancer = shared.balancer.borrow_mut();
-        let Pick { target, port, traffic } =
+        let Pick { target, port, traffic, has_others } =
             shared.table.read(|t| t.pick(&shared.here, ask, key, &mut balancer, now))?;
         let address = target.address();
         balancer.begin(&port, address, now);
         drop(balancer);
-        Ok((target, Self { shared, port, address, traffic }))
+        Ok((target, Self { shared, port, address, traffic, has_others }))
     }
 
     fn time(&self, which: Number) -> Option<Duration> {
@@ -68,8 +70,18 @@ impl<S: Deref<Target = Shared>> Lease<S> {
     }
 
     pub(crate) fn failed(&self) {
+        self.fails(false);
+    }
+
+    /// Nothing is heard of its node.
+    pub(crate) fn gone(&self) {
+        self.fails(true);
+    }
+
+    fn fails(&self, is_gone: bool) {
         let now = self.shared.clock.now();
-        if self.shared.balancer.borrow_mut().failed(&self.port, self.address, self.traffic.as_deref(), now) {
+        let traffic = self.traffic.as_deref();
+        if self.shared.balancer.borrow_mut().failed(&self.port, self.address, traffic, is_gone, now) {
             bump(&self.shared.counters.ejections);
             let (ServiceId { namespace, name }, number, _) = &self.port;
             self.shared.say(|| format!("{namespace}/{name}:{number}: {} fails: left out for a while", self.address));

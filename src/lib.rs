@@ -12,7 +12,7 @@
 //!  manifests  ──┼─► Change ─► Table ────┼─► rules  ── iptables-restore, weft0, routes
 //!  API        ──┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
 //!  snapshot   ──┘                       └─► snapshot  ▲           │      (its own thread writes)
-//!                        serve_remote ─────────┘                  ▼
+//!                        served ◄─────────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
 //!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons
@@ -116,6 +116,7 @@ pub mod reception;
 mod reload;
 pub mod resolver;
 pub mod rules;
+mod served;
 pub mod setup;
 pub mod shared;
 pub mod snapshot;

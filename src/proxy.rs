@@ -1,5 +1,5 @@
 //! The proxy's driver: takes the connections that the rules redirect, asks the table where each goes, and
-//! relays it; and opens our own endpoints for peers.
+//! relays it; [`crate::served`] opens our own endpoints for peers.
 
 pub mod cover;
 pub mod flows;
@@ -18,21 +18,19 @@ use crate::{
     metrics::{ProxyCounters, bump},
     pump::{self, Pool},
     reactor::{Async, LocalExecutor, Timer},
+    served,
     shared::{Bell, Reader},
     streamed, sys,
     table::{
         Table,
         balance::{Ask, Balancer, Here, NoTarget, Target},
-        model::{Protocol, ServiceId},
+        model::Protocol,
     },
     tunnel::{self, Open, Refusal, TunnelStream},
     udp::Udp,
 };
 use anyhow::{Context, Result};
-use futures_lite::{
-    AsyncWriteExt,
-    future::{or, yield_now, zip},
-};
+use futures_lite::future::{or, yield_now, zip};
 use std::{
     cell::{Cell, RefCell},
     fs::File,
@@ -46,9 +44,13 @@ use std::{
 
 /// How long one endpoint may take to accept: the kernel's first retransmission comes after 1 s, the
 /// second 2 s later (RFC 6298).
-const CONNECT: Duration = Duration::from_secs(3);
+pub(crate) const CONNECT: Duration = Duration::from_secs(3);
 /// How long a far node may take to answer; a first contact makes a path, and the far node dials as above.
 const OPEN: Duration = Duration::from_secs(10);
+/// A node of which nothing is heard for so long is left for another one's endpoint, if there is any: above what a new path
+/// takes after a relay or a link has died.
+const SILENT: Duration = Duration::from_secs(3);
+const SILENT_LOOK: Duration = Duration::from_secs(1);
 /// Endpoints that one connection is tried on at most.
 const TRIES: usize = 4;
 /// Connections that are accepted before the others may run.
@@ -95,7 +97,7 @@ pub(crate) struct Shared {
 }
 
 /// One of the sessions that are counted.
-struct Place(Rc<Shared>);
+pub(crate) struct Place(pub(crate) Rc<Shared>);
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -144,6 +146,8 @@ enum Attempt {
     Done(io::Result<()>),
     /// Nothing has reached the endpoint.
     Failed(String),
+    /// Nor is anything heard of its node; with more patience there may be.
+    Silent,
 }
 
 impl Proxy {
@@ -242,7 +246,7 @@ impl Proxy {
             Ok(())
         };
         let others = async {
-            zip(or(serve_peers(&shared, &executor), drain.begun()), udp.run()).await;
+            zip(or(served::peers(&shared, &executor), drain.begun()), udp.run()).await;
             std::future::pending().await
         };
         executor.run(or(tcp, others)).await
@@ -289,80 +293,13 @@ async fn accept<'x>(
     }
 }
 
-/// Takes the streams that peers open, for ever.
-async fn serve_peers<'x>(shared: &Rc<Shared>, sessions: &LocalExecutor<'x>) {
-    let mut changed = shared.tunnel.listen();
-    loop {
-        let accepted = async {
-            match shared.tunnel.read(Clone::clone) {
-                Some(tunnel) => Some(tunnel.accept().await),
-                None => std::future::pending().await,
-            }
-        };
-        let other = async {
-            changed.rung().await;
-            None
-        };
-        let Some((mut stream, peer, open)) = or(accepted, other).await else { continue };
-        bump(&shared.counters.remote_opens);
-        match Shared::place(shared) {
-            Some(place) => sessions.spawn(async move { serve_remote(&place.0, stream, &peer, open).await }).detach(),
-            None => {
-                bump(&shared.counters.refused_full);
-                stream.answer(&Err(Refusal::Busy));
-            }
-        }
-    }
-}
-
-/// Opens one of our own endpoints for a peer: what the table does not say is ours is refused.
-async fn serve_remote(shared: &Shared, mut stream: TunnelStream, peer: &str, open: Open) {
-    let ServiceId { namespace, name } = &open.service;
-    let wanted = format!("{namespace}/{name}:{} at {}", open.port, open.endpoint);
-    let refusal = if !owns(shared, &open) {
-        bump(&shared.counters.remote_refused);
-        shared.say(|| format!("refused {peer}, which wants {wanted}: not an endpoint of this node"));
-        Refusal::NotMine
-    } else if open.protocol == Protocol::Udp {
-        match shared.dial_udp(&open.endpoint) {
-            Ok(socket) => {
-                stream.answer(&Ok(()));
-                return crate::udp::serve(shared, socket, stream).await;
-            }
-            Err(e) => Refusal::ConnectFailed(e.to_string()),
-        }
-    } else {
-        match shared.dial(&open.endpoint, CONNECT).await {
-            Ok(socket) => {
-                stream.answer(&Ok(()));
-                let counters = &shared.counters;
-                let done =
-                    streamed::stream(&shared.pool, socket, stream, &counters.bytes_down, &counters.bytes_up).await;
-                return log::debug!("{wanted} for {peer}: {done:?}");
-            }
-            Err(e) => {
-                shared.say(|| format!("{peer} wants {wanted}: cannot connect: {e}"));
-                Refusal::ConnectFailed(e.to_string())
-            }
-        }
-    };
-    stream.answer(&Err(refusal));
-    let _ = stream.close().await;
-}
-
-/// Whether an endpoint is ours by our own table.
-fn owns(shared: &Shared, open: &Open) -> bool {
-    let Open { service, port, protocol, endpoint } = open;
-    *protocol != Protocol::Sctp && shared.table.read(|t| t.owns(&shared.here, service, *port, *protocol, *endpoint))
-}
-
 /// Closes with a reset, which a client cannot take for an empty answer.
 fn reset(client: &TcpStream) {
     let _ = sys::reset_on_close(client);
 }
 
 impl Shared {
-    fn place(shared: &Rc<Self>) -> Option<Place> {
+    pub(crate) fn place(shared: &Rc<Self>) -> Option<Place> {
         let taken = shared.sessions.get();
         (taken < shared.most).then(|| {
             shared.sessions.set(taken + 1);
@@ -403,19 +340,28 @@ impl Shared {
             Err(e) => return self.say(|| format!("{e}")),
         };
         let mut tried: Vec<SocketAddr> = Vec::new();
+        // A node that is silent is left for another one soon; where all are, it may be our own link.
+        let (mut is_hasty, mut silent) = (true, false);
         let first = Ask { destination, protocol: Protocol::Tcp, client: from, tried: &[] };
         let key = match self.table.read(|t| t.wants_header(&first)) {
             Some(name) => first::key(&self.pool, &client, &name).await,
             None => None,
         };
-        while tried.len() < TRIES {
-            let (target, to) = match Lease::take(self, Ask { tried: &tried, ..first }, key) {
+        loop {
+            let ask = Ask { tried: &tried, ..first };
+            let picked = if tried.len() < TRIES { Lease::take(self, ask, key) } else { Err(NoTarget::NoEndpoint) };
+            let (target, to) = match picked {
                 Ok(picked) => picked,
                 Err(NoTarget::NotAService) => {
                     bump(&self.counters.refused_surface);
                     return reset(client.get_ref());
                 }
                 Err(NoTarget::Full) => return self.full(client.get_ref()),
+                Err(NoTarget::NoEndpoint) if is_hasty && silent => {
+                    tried.clear();
+                    is_hasty = false;
+                    continue;
+                }
                 Err(NoTarget::NoEndpoint) => break,
             };
             let address = to.address;
@@ -425,7 +371,7 @@ impl Shared {
             let (attempt, back) = match target {
                 Target::Remote { node, service, port, address } => {
                     let open = Open { service, port, protocol: Protocol::Tcp, endpoint: address };
-                    self.remote(client, &node, &open, &to).await
+                    self.remote(client, &node, &open, &to, is_hasty && to.has_others).await
                 }
                 Target::Local(_) => self.local(client, &to).await,
             };
@@ -435,6 +381,11 @@ impl Shared {
                     client = back;
                     tried.push(address);
                 }
+                (Attempt::Silent, Some(back)) => {
+                    (client, silent) = (back, true);
+                    tried.push(address);
+                }
+                (Attempt::Silent, None) => return,
                 (Attempt::Failed(why), None) => return log::debug!("{destination}: {why}"),
                 (Attempt::Done(end), _) => return log::debug!("{destination} by {address}: {end:?}"),
             }
@@ -472,17 +423,27 @@ impl Shared {
         node: &str,
         open: &Open,
         to: &Lease<&Self>,
+        is_hasty: bool,
     ) -> (Attempt, Option<Async<TcpStream>>) {
         let Some(tunnel) = self.tunnel.read(Clone::clone) else {
             return (Attempt::Failed(format!("it is on {node}, and the tunnel is off")), Some(client));
         };
         let mut stream = tunnel.open(node, open);
-        let sent = match self.opened(&client, &mut stream).await {
+        let sent = match self.opened(&client, &mut stream, Some(node).filter(|_| is_hasty)).await {
             Ok(sent) => sent,
-            Err(refusal) => {
+            Err(Some(refusal)) => {
                 self.say(|| format!("{node} refused {}: {refusal}", open.endpoint));
-                to.failed();
+                if matches!(refusal, Refusal::Unreachable(_)) {
+                    to.gone()
+                } else {
+                    to.failed()
+                }
                 return (Attempt::Failed(refusal.to_string()), Some(client));
+            }
+            Err(None) => {
+                self.say(|| format!("nothing is heard of {node}: {} is left for another endpoint", open.endpoint));
+                to.gone();
+                return (Attempt::Silent, Some(client));
             }
         };
         to.worked();
@@ -498,13 +459,26 @@ impl Shared {
 
     /// Waits for the far end's answer. What the client has sent by then, and what it sends meanwhile if that
     /// was nothing, goes behind the OPEN; it is only looked at, so that another endpoint can still get it.
-    /// Returns how many bytes that was. The client's silence holds nothing up: the server may speak first.
-    async fn opened(&self, client: &Async<TcpStream>, stream: &mut TunnelStream) -> Result<usize, Refusal> {
+    /// Returns how many bytes that was. The client's silence holds nothing up: the server may speak first. None as error:
+    /// nothing is heard of the node, where one is named.
+    async fn opened(
+        &self,
+        client: &Async<TcpStream>,
+        stream: &mut TunnelStream,
+        node: Option<&str>,
+    ) -> Result<usize, Option<Refusal>> {
         let slow = || Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs()));
         let mut late = Timer::after(OPEN);
         let mut look = true;
         let mut sent = 0;
+        let mut doubt = self.clock.now() + SILENT;
         loop {
+            if self.clock.now() >= doubt {
+                if node.is_some_and(|node| stream.is_silent(node, SILENT)) {
+                    return Err(None);
+                }
+                doubt = self.clock.now() + SILENT_LOOK;
+            }
             if look {
                 match early(&self.pool, client.get_ref(), stream).await {
                     Early::Sent(n) => (sent, look) = (n, false),
@@ -523,8 +497,12 @@ impl Shared {
                 (&mut late).await;
                 Some(Err(slow()))
             };
-            if let Some(answer) = or(answer, or(bytes, timeout)).await {
-                return answer.map(|()| sent);
+            let doubted = async {
+                Timer::at(doubt).await;
+                None
+            };
+            if let Some(answer) = or(answer, or(bytes, or(timeout, doubted))).await {
+                return answer.map(|()| sent).map_err(Some);
             }
         }
     }
@@ -556,7 +534,7 @@ impl Shared {
     }
 
     /// Connects with our mark.
-    async fn dial(&self, to: &SocketAddr, patience: Duration) -> io::Result<Async<TcpStream>> {
+    pub(crate) async fn dial(&self, to: &SocketAddr, patience: Duration) -> io::Result<Async<TcpStream>> {
         let socket = sys::tcp_socket(to)?;
         self.prepare(&socket, to)?;
         pump::prepare(&socket)?;

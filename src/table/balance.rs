@@ -135,6 +135,8 @@ pub struct Pick {
     pub target: Target,
     pub port: PortId,
     pub traffic: Option<Rc<Traffic>>,
+    /// There are others that have not been tried.
+    pub has_others: bool,
 }
 
 /// Where an endpoint is, seen from here.
@@ -182,6 +184,8 @@ impl Table {
             return Err(NoTarget::Full);
         }
         let rule = traffic.map(Rc::as_ref);
+        let first = candidates.iter().map(|c| c.address).find(|a| !ask.tried.contains(a));
+        let has_others = candidates.iter().any(|c| Some(c.address) != first && !ask.tried.contains(&c.address));
         let picked = balancer.choose(service, &id, (rule, key), &ask, candidates, now).ok_or(NoTarget::NoEndpoint)?;
         let Candidate { address, place, .. } = picked;
         let target = match place {
@@ -190,7 +194,7 @@ impl Table {
                 Target::Remote { node: node.clone(), service: service.id.clone(), port: port.number, address }
             }
         };
-        Ok(Pick { target, port: id, traffic: traffic.cloned() })
+        Ok(Pick { target, port: id, traffic: traffic.cloned(), has_others })
     }
 
     /// The header by which the rule of what is asked for chooses; the Service's own affinity has precedence.

@@ -22,6 +22,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 /// Streams of peers that wait to be served; one more is reset.
@@ -235,6 +236,12 @@ impl TunnelStream {
             }
         })
         .await
+    }
+
+    /// Whether nothing has come from its node for so long.
+    #[must_use]
+    pub fn is_silent(&self, node: &str, long: Duration) -> bool {
+        self.shared.node().is_silent(self.shared.clock.now(), node, long)
     }
 
     /// Answers a peer's OPEN.

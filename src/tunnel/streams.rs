@@ -11,7 +11,7 @@ use super::{
 };
 use crate::table::model::Protocol;
 use quinn_proto::{Dir, FinishError, ReadError, ReadableError, StreamId, VarInt, WriteError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Streams of all connections; more are refused.
 pub(super) const STREAMS_MAX: usize = 4096;
@@ -287,6 +287,14 @@ impl Node {
             State::Live => Some(Ok(())),
             State::Dead { why } => Some(Err(Refusal::Unreachable(why.clone()))),
         }
+    }
+
+    /// Whether nothing that opens has come from there for so long, or longer.
+    #[must_use]
+    pub fn is_silent(&self, now: Instant, node: &str, long: Duration) -> bool {
+        let peer = self.peers.get(node);
+        let slot = peer.and_then(|p| self.slots.get(p.slot.or(p.dialing)?));
+        slot.is_none_or(|s| now >= s.alive + long)
     }
 
     /// Answers a peer's OPEN; after a refusal the stream is over.

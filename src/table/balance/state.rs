@@ -271,8 +271,16 @@ impl Balancer {
         }
     }
 
-    /// The endpoint has not taken the connection. True where it is left out for that.
-    pub fn failed(&mut self, id: &PortId, address: SocketAddr, traffic: Option<&Traffic>, now: Instant) -> bool {
+    /// The endpoint has not taken the connection. True where it is left out for that: after several in a row, or at once
+    /// where its whole node `is_gone`, which each further try takes seconds to find out.
+    pub fn failed(
+        &mut self,
+        id: &PortId,
+        address: SocketAddr,
+        traffic: Option<&Traffic>,
+        is_gone: bool,
+        now: Instant,
+    ) -> bool {
         let Outlier { failures, base, percent } = traffic.and_then(Traffic::outlier).unwrap_or(self.outlier);
         let Some(port) = self.ports.peek_mut(id) else { return false };
         let Ok(at) = port.find(address) else { return false };
@@ -287,7 +295,7 @@ impl Balancer {
             // Begun before it was left out.
             return false;
         }
-        let enough = failures > 0 && (on_trial || endpoint.failures >= failures);
+        let enough = failures > 0 && (on_trial || is_gone || endpoint.failures >= failures);
         if !enough || others >= share {
             endpoint.is_out = false;
             return false;

@@ -62,7 +62,7 @@ impl World {
             self.balancer.begin(&pick.port, address, self.now);
             let is_dead = dead.iter().any(|d| *d == address.ip().to_string());
             if is_dead {
-                self.balancer.failed(&pick.port, address, pick.traffic.as_deref(), self.now);
+                self.balancer.failed(&pick.port, address, pick.traffic.as_deref(), false, self.now);
             } else {
                 self.balancer.worked(&pick.port, address);
             }
@@ -246,7 +246,7 @@ fn ejection_has_a_floor_and_the_last_one_stays() {
         for n in 1..=dead {
             for _ in 0..5 {
                 world.balancer.begin(&port, address(n), world.now);
-                world.balancer.failed(&port, address(n), None, world.now);
+                world.balancer.failed(&port, address(n), None, false, world.now);
                 world.balancer.over(&port, address(n));
             }
         }
@@ -275,7 +275,7 @@ fn failures_of_one_moment_count_once() {
     for _ in 0..100 {
         world.balancer.begin(&port, bad, world.now);
     }
-    let out = (0..100).filter(|_| world.balancer.failed(&port, bad, None, world.now)).count();
+    let out = (0..100).filter(|_| world.balancer.failed(&port, bad, None, false, world.now)).count();
     assert_eq!(out, 1);
     let fared = world.balancer.fared(&port, bad, world.now).unwrap();
     assert_eq!((fared.ejected, fared.failed, fared.live), (Some(Duration::from_secs(10)), 100, 101));
