@@ -12,7 +12,7 @@
 //!  manifests  ──┼─► Change ─► Table ────┼─► rules  ── iptables-restore, weft0, routes
 //!  API        ──┤   (one writer, bell)  ├─► proxy  ── accept ─► route ─► pump ─► endpoint
 //!  snapshot   ──┘                       └─► snapshot  ▲           │      (its own thread writes)
-//!                        served ◄─────────────┘                  ▼
+//!                        served ───────────────┘                  ▼
 //!                                     tunnel ◄──── streams ── TunnelStream
 //!                                       │ nQUIC over a virtual address per peer
 //!                                       └─► one UDP socket: QUIC, disco, relay data and control, LAN beacons

@@ -49,7 +49,7 @@ pub(crate) const CONNECT: Duration = Duration::from_secs(3);
 const OPEN: Duration = Duration::from_secs(10);
 /// A node of which nothing is heard for so long is left for another one's endpoint, if there is any: above what a new path
 /// takes after a relay or a link has died.
-const SILENT: Duration = Duration::from_secs(3);
+pub(crate) const SILENT: Duration = Duration::from_secs(3);
 const SILENT_LOOK: Duration = Duration::from_secs(1);
 /// Endpoints that one connection is tried on at most.
 const TRIES: usize = 4;

@@ -8,7 +8,7 @@ use crate::{
     lease::Lease,
     metrics::{add, bump},
     proxy::{
-        Shared,
+        SILENT, Shared,
         udp::{self, Key, PortId, Ports, Sessions},
     },
     reactor::{Async, LocalExecutor, Task, Timer},
@@ -426,12 +426,16 @@ impl Port {
                 answered.set(true);
                 port.answer(key, id, &claim, bytes);
             };
-            if let Err(e) = travel(tunnel.open(&node, &open), &waiting, take).await {
+            let far = (&*node, claim.has_others);
+            let done = travel(tunnel.open(&node, &open), far, &waiting, take).await;
+            if let Err(e) = &done {
                 port.udp.shared.say(|| format!("UDP to {} on {node}: {e}", open.endpoint));
             }
-            // The other end says in no other way that its endpoint refused.
-            if !answered.get() {
-                claim.failed();
+            match done {
+                Err(Refusal::Unreachable(_)) => claim.gone(),
+                // The other end says in no other way that its endpoint refused.
+                _ if !answered.get() => claim.failed(),
+                _ => {}
             }
             port.udp.close(&key, Some(id));
         });
@@ -439,13 +443,31 @@ impl Port {
     }
 }
 
-/// Until the stream ends, which is not worth a word: the client's next datagram begins another session.
-async fn travel(mut stream: TunnelStream, queue: &Queue, take: impl Fn(&[u8])) -> Result<(), Refusal> {
-    let late = async {
-        Timer::after(OPEN).await;
-        Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
+/// Until the stream ends, which is not worth a word: the client's next datagram begins another session. It does sooner
+/// where the node is silent and there are other endpoints.
+async fn travel(
+    mut stream: TunnelStream,
+    (node, has_others): (&str, bool),
+    queue: &Queue,
+    take: impl Fn(&[u8]),
+) -> Result<(), Refusal> {
+    let soon = async {
+        Timer::after(SILENT).await;
+        None
     };
-    or(stream.opened(), late).await?;
+    match or(async { Some(stream.opened().await) }, soon).await {
+        Some(answer) => answer?,
+        None if has_others && stream.is_silent(node, SILENT) => {
+            return Err(Refusal::Unreachable(format!("nothing is heard of it for {} s", SILENT.as_secs())));
+        }
+        None => {
+            let late = async {
+                Timer::after(OPEN - SILENT).await;
+                Err(Refusal::Unreachable(format!("no answer within {} s", OPEN.as_secs())))
+            };
+            or(stream.opened(), late).await?;
+        }
+    }
     let _: io::Result<()> = carry(queue, stream, take).await;
     Ok(())
 }
