@@ -33,7 +33,7 @@ use std::{
     num::NonZeroUsize,
     pin::Pin,
     rc::{Rc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Datagrams of one socket before the others may run.
@@ -54,11 +54,16 @@ const QUEUES_MAX: usize = 1024 * 1024;
 /// When full the one that has been silent for longest ends.
 const FAR_MAX: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
 
+/// That a node was heard is known so exactly.
+const HEARD: Duration = Duration::from_secs(1);
+
 /// A session's stream, one end of it, and the datagrams that wait for it.
 #[derive(Debug)]
 struct Queue {
     /// Once it has been answered.
     stream: RefCell<Option<Rc<RefCell<TunnelStream>>>>,
+    /// When the first datagram was sent since the node was heard.
+    asked: Cell<Option<Instant>>,
     waiting: RefCell<VecDeque<Box<[u8]>>>,
     bytes: Cell<usize>,
     /// Of all queues.
@@ -68,8 +73,18 @@ struct Queue {
 
 impl Queue {
     fn new(total: &Rc<Cell<usize>>) -> Self {
-        let (total, stream) = (Rc::clone(total), RefCell::default());
-        Self { stream, waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() }
+        let (total, stream, asked) = (Rc::clone(total), RefCell::default(), Cell::default());
+        Self { stream, asked, waiting: RefCell::default(), bytes: Cell::new(0), total, bell: Bell::default() }
+    }
+
+    /// Whether what is sent has gone into the void for some time.
+    fn is_lost(&self, now: Instant, node: &str) -> bool {
+        let stream = self.stream.borrow();
+        let Some(stream) = &*stream else { return false };
+        let unheard = |at: &Instant| stream.borrow().is_silent(node, now.saturating_duration_since(*at) + HEARD);
+        let asked = self.asked.get().filter(unheard);
+        self.asked.set(asked.or(Some(now)));
+        asked.is_some_and(|at| now >= at + SILENT)
     }
 
     /// Sends a datagram, or has it wait; false where there is no room.
@@ -140,7 +155,7 @@ struct Leg {
 /// The task brings the answers back; dropped, it ends.
 enum Way {
     Near(Rc<Async<UdpSocket>>, #[allow(dead_code)] Task<()>),
-    Far(Rc<Queue>, #[allow(dead_code)] Task<()>),
+    Far(Rc<Queue>, Name, #[allow(dead_code)] Task<()>),
 }
 
 /// One port's sockets, one for each family that its Service has, with their tasks.
@@ -301,7 +316,10 @@ impl Port {
         while tried.len() < TRIES {
             let sent = self.udp.of(&key, |leg| match &leg.way {
                 Way::Near(socket, _) => socket.get_ref().send(bytes).map(|_| true),
-                Way::Far(queue, _) => Ok(queue.push(bytes)),
+                Way::Far(queue, node, _) if leg.claim.has_others && queue.is_lost(shared.clock.now(), node) => {
+                    Err(ErrorKind::TimedOut.into())
+                }
+                Way::Far(queue, ..) => Ok(queue.push(bytes)),
             });
             match sent {
                 None => match self.open(key, &tried) {
@@ -321,10 +339,11 @@ impl Port {
                 Some((_, Err(e))) if e.raw_os_error() == Some(libc::EMSGSIZE) => {
                     return bump(&shared.counters.udp_drops);
                 }
-                // An answer of ICMP to what went before: this datagram has not been sent.
-                Some((endpoint, Err(_))) => {
+                // An answer of ICMP to what went before, or none at all: this datagram has not been sent.
+                Some((endpoint, Err(e))) => {
                     bump(&shared.counters.retries);
-                    self.udp.of(&key, |leg| leg.claim.failed());
+                    let is_silent = e.kind() == ErrorKind::TimedOut;
+                    self.udp.of(&key, |leg| if is_silent { leg.claim.gone() } else { leg.claim.failed() });
                     self.udp.close(&key, None);
                     tried.push(endpoint);
                 }
@@ -419,7 +438,7 @@ impl Port {
     fn far(self: &Rc<Self>, key: Key, id: u32, node: Name, open: Open, claim: &Claim) -> Option<Way> {
         let tunnel = self.udp.shared.tunnel.read(Clone::clone)?;
         let queue = Rc::new(Queue::new(&self.udp.shared.queued));
-        let (port, waiting, claim) = (Rc::clone(self), Rc::clone(&queue), Rc::clone(claim));
+        let (port, waiting, claim, name) = (Rc::clone(self), Rc::clone(&queue), Rc::clone(claim), Rc::clone(&node));
         let task = self.udp.executor.upgrade()?.spawn(async move {
             let answered = Cell::new(false);
             let take = |bytes: &[u8]| {
@@ -439,7 +458,7 @@ impl Port {
             }
             port.udp.close(&key, Some(id));
         });
-        Some(Way::Far(queue, task))
+        Some(Way::Far(queue, name, task))
     }
 }
 
