@@ -48,7 +48,7 @@ const OPEN: Duration = Duration::from_secs(10);
 const FAR_SILENCE: Duration = Duration::from_secs(150);
 /// Bytes that wait for one session's stream, and for all of them; a datagram that finds no room is dropped, as a full
 /// link would.
-const QUEUE_MAX: usize = 256 * 1024;
+const QUEUE_MAX: usize = 512 * 1024;
 const QUEUES_MAX: usize = 1024 * 1024;
 /// Clients' sessions through the tunnel; they must leave room for connections among the streams that a peer allows (1,024).
 /// When full the one that has been silent for longest ends.
