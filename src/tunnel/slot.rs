@@ -230,12 +230,18 @@ impl Slot {
         }
     }
 
-    /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more.
+    /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more. Nor does what is
+    /// under way there count (RFC 9000 section 9.4): of a path that fell silent it would fill the window, and keep back
+    /// whatever tells that it is lost.
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
         self.hints.on_link.store(on_link, Ordering::Relaxed);
-        self.begin_anew(now);
-        self.prod(now);
+        if self.outage == Outage::No {
+            self.void(now, 0);
+        } else {
+            self.revive(now);
+        }
+        self.ask(now);
     }
 
     /// True once where the path was found to be slower than all that quinn knows of it: what it knows is forgotten.
@@ -259,6 +265,10 @@ impl Slot {
         if self.outage != Outage::No {
             self.revive(now);
         }
+        self.ask(now);
+    }
+
+    fn ask(&mut self, now: Instant) {
         self.asked = true;
         self.conn.ping();
         if std::mem::take(&mut self.stranded) {
@@ -288,10 +298,16 @@ impl Slot {
             // of life. Once: the one after it waits twice as long.
             self.conn.handle_timeout(now.max(self.alive + IDLE - SILENCE));
         }
+        self.void(now, times);
+        self.conn.ping();
+    }
+
+    /// What is under way is lost. Until something is acknowledged it is asked for again: quinn's own next probe may be
+    /// many seconds away.
+    fn void(&mut self, now: Instant, times: u32) {
         self.outage = Outage::Revived(Revival { at: now, acks: self.conn.stats().frame_rx.acks, times });
         self.begin_anew(now);
         self.hints.voided();
-        self.conn.ping();
     }
 
     pub(super) fn remember(&mut self, datagrams: &[u8], segment: usize) {

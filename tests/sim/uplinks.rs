@@ -1,6 +1,7 @@
 //! Nodes with more than one address: IPv6 beside IPv4, and two uplinks.
 
 use crate::{
+    line::Line,
     nat::{Filter, Kind, Mapping, Nat},
     pair::{Pair, SEC, connect, payload, seeds},
     world::{End, Uplink, World},
@@ -10,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 use weft::tunnel::{Link, Progress};
+
+const MBYTE: u64 = 1_000_000;
 
 fn via(world: &World, host: usize, peer: &str) -> String {
     let view = world.hosts[host].node.peer_views(world.now).into_iter().find(|v| v.name == peer);
@@ -158,6 +161,38 @@ fn of_two_uplinks_the_second_takes_over_at_once_and_the_first_has_it_back() {
                     "seed {seed}, told {told}"
                 );
             }
+        }
+    }
+}
+
+/// Half a megabyte is under way when the path falls silent: the next one's window is far smaller.
+#[test]
+fn what_was_lost_under_way_does_not_hold_back_the_next_path() {
+    for seed in seeds(4) {
+        for down in [false, true] {
+            let (mut p, near, far) = two_uplinks(seed, Kind::PortRestricted, Kind::PortRestricted);
+            p.world.delay = SEC / 1000;
+            p.world.line = Some(Line::new(MBYTE * 60, SEC / 50, 1500));
+            until(&mut p.world, 3 * SEC, "192.168.1.2");
+            let (from, to) = if down { (far, near) } else { (near, far) };
+            let (mut worst, mut last, mut got) = (Duration::ZERO, p.world.now, 0);
+            let (chunk, mut buf) = (payload(64 << 10), vec![0; 64 << 10]);
+            let mut pour = |w: &mut World| {
+                while let Progress::Bytes(_) = w.hosts[from.host].node.write(from.key, &chunk) {}
+                while let Progress::Bytes(n) = w.hosts[to.host].node.read(to.key, &mut buf) {
+                    worst = worst.max(w.now.saturating_duration_since(last));
+                    (last, got) = (w.now, got + n as u64);
+                }
+                false
+            };
+            p.world.run(SEC / 10, &mut pour);
+            p.world.down.insert("192.168.1.2".parse().unwrap());
+            p.world.delay = SEC / 50;
+            p.world.run(SEC / 10, &mut pour);
+            p.world.line = Some(Line::new(MBYTE * 2, SEC / 10, 1500));
+            p.world.run(2 * SEC, &mut pour);
+            let worst = worst.max(p.world.now.saturating_duration_since(last));
+            assert!(worst <= 3 * SEC / 2, "seed {seed}, down {down}: {worst:?}, {got} bytes");
         }
     }
 }
