@@ -45,6 +45,9 @@ const ROUNDS_FULL: u8 = 3;
 /// acknowledgements that come in bunches.
 const BUNCH: Duration = Duration::from_millis(25);
 
+/// Beyond the window, for packets that carry an acknowledgement: four. One is enough where it is not lost.
+const OWING: u64 = 4 * MTU_MOST as u64;
+
 /// What a connection's slot and its congestion control tell each other.
 #[derive(Default)]
 pub(super) struct Hints {
@@ -56,6 +59,8 @@ pub(super) struct Hints {
     under_way: AtomicUsize,
     /// Of these, what is not held against the window until something is acknowledged.
     void: AtomicUsize,
+    /// A packet may go although the window is full.
+    owing: AtomicBool,
 }
 
 impl Hints {
@@ -76,6 +81,11 @@ impl Hints {
     /// All that is under way is lost.
     pub(super) fn voided(&self) {
         self.void.store(self.under_way.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// As long as an acknowledgement is due, [`OWING`] more may be under way.
+    pub(super) fn owes(&self, owing: bool) {
+        self.owing.store(owing, Ordering::Relaxed);
     }
 
     fn acknowledged(&self, under_way: u64) {
@@ -145,7 +155,8 @@ impl Controller for Afloat {
     }
 
     fn window(&self) -> u64 {
-        self.inner.window().saturating_add(self.hints.void.load(Ordering::Relaxed) as u64)
+        let owing = if self.hints.owing.load(Ordering::Relaxed) { OWING } else { 0 };
+        self.inner.window().saturating_add(self.hints.void.load(Ordering::Relaxed) as u64 + owing)
     }
 
     fn metrics(&self) -> ControllerMetrics {
@@ -165,8 +176,22 @@ impl Controller for Afloat {
     }
 }
 
+/// quinn's BBR has no shortest round trip of its own at first, and looks for one as soon as it is busy: for 200 ms its window
+/// is three quarters of what little it has seen delivered. Meanwhile ours grows as in its start.
+#[derive(Clone, Copy)]
+enum Opening {
+    Ahead,
+    Under { since: Instant, window: u64 },
+    Over,
+}
+
+/// What quinn's BBR takes for that, and when we leave all to it in any case.
+const OPENING: Duration = Duration::from_millis(200);
+const OPENING_MOST: Duration = Duration::from_secs(1);
+
 struct Bounded {
     inner: Box<dyn Controller>,
+    opening: Opening,
     /// Bytes per second of the last rounds; 0: none yet.
     rates: [u64; ROUNDS],
     at: usize,
@@ -215,6 +240,7 @@ impl Bounded {
     fn new(inner: Box<dyn Controller>, hints: Arc<Hints>) -> Self {
         Self {
             inner,
+            opening: Opening::Ahead,
             rates: [0; ROUNDS],
             at: 0,
             acked: 0,
@@ -232,6 +258,29 @@ impl Bounded {
 
     fn rate(&self) -> u64 {
         self.rates.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Bytes of a round trip.
+    fn product(&self) -> u64 {
+        moved(self.rate(), self.rtt)
+    }
+
+    /// Gives what BBR is told to be under way: nothing, once, so that it does not wait for less before it counts its time.
+    fn open(&mut self, now: Instant, in_flight: u64, app_limited: bool) -> u64 {
+        match self.opening {
+            Opening::Ahead if !app_limited => {
+                self.opening = Opening::Under { since: now, window: BBR_FIRST };
+                return 0;
+            }
+            Opening::Under { since, .. } => {
+                let done = now >= since + OPENING && self.inner.window() >= self.product();
+                if done || now >= since + OPENING_MOST {
+                    self.opening = Opening::Over;
+                }
+            }
+            Opening::Ahead | Opening::Over => {}
+        }
+        in_flight
     }
 
     /// A round that was held back by the application tells nothing, unless it was the fastest.
@@ -264,6 +313,9 @@ impl Controller for Bounded {
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
         self.acked += bytes;
+        if let Opening::Under { window, .. } = &mut self.opening {
+            *window += bytes;
+        }
         self.rtt = rtt.min();
         // Of a lone packet the acknowledgement is late.
         let took = now.saturating_duration_since(sent);
@@ -281,10 +333,14 @@ impl Controller for Bounded {
             (self.acked, self.since, self.ends) = (0, (in_flight > 0).then_some(now), self.sent + 1);
         }
         self.recovers = self.recovers.filter(|last| largest.is_none_or(|packet| packet <= *last));
-        self.inner.on_end_acks(now, in_flight, app_limited, largest);
+        let told = self.open(now, in_flight, app_limited);
+        self.inner.on_end_acks(now, told, app_limited, largest);
     }
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost: u64) {
+        if persistent {
+            self.opening = Opening::Over;
+        }
         self.recovers = (!persistent).then_some(self.sent);
         self.inner.on_congestion_event(now, sent, persistent, lost);
     }
@@ -294,11 +350,15 @@ impl Controller for Bounded {
     }
 
     fn window(&self) -> u64 {
-        let inner = self.inner.window();
+        let opening = match self.opening {
+            Opening::Under { window, .. } => window,
+            Opening::Ahead | Opening::Over => 0,
+        };
+        let inner = self.inner.window().max(opening);
         match self.rate() {
             0 => inner,
             rate => {
-                let product = moved(rate, self.rtt);
+                let product = self.product();
                 let more = if self.rounds < ROUNDS_FULL { 2 * product } else { product / 4 };
                 let least = if self.recovers.is_some() { product } else { 0 };
                 inner.max(least).min((product + more + moved(rate, BUNCH)).max(BBR_FIRST))
@@ -413,7 +473,7 @@ mod tests {
     fn a_burst_that_lost_something_is_followed_by_one_as_large() {
         let (ms, mut now, mut packet) = (Duration::from_millis, Instant::now(), 0);
         let mut b = Bounded::new(Box::new(Four), Arc::default());
-        b.rtt = ms(20);
+        (b.rtt, b.opening) = (ms(20), Opening::Over);
         for _ in 0..4 {
             for _ in 0..50 {
                 packet += 1;

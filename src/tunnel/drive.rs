@@ -131,14 +131,14 @@ impl Node {
         buf.clear();
         let (to, segment) = match slot.path {
             Path::Direct(address) => {
-                let transmit = slot.conn.poll_transmit(now, self.gso, buf)?;
+                let transmit = slot.poll_transmit(now, self.gso, buf)?;
                 buf.truncate(transmit.size);
                 self.shadow(now, index, buf, transmit.segment_size);
                 (Some(address), transmit.segment_size)
             }
             Path::Relay { relay, flow } => {
                 self.scratch.clear();
-                let transmit = slot.conn.poll_transmit(now, self.gso, &mut self.scratch)?;
+                let transmit = slot.poll_transmit(now, self.gso, &mut self.scratch)?;
                 let whole = self.scratch.get(..transmit.size).unwrap_or(&self.scratch);
                 let size = transmit.segment_size.unwrap_or(transmit.size).max(1);
                 if slot.peer.is_some() {

@@ -10,7 +10,7 @@ use super::{
     windows::Windows,
 };
 use crate::sorted::Map;
-use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId};
+use quinn_proto::{Connection, ConnectionEvent, ConnectionHandle, StreamId, Transmit};
 use std::{
     collections::{BTreeSet, VecDeque},
     net::{Ipv6Addr, SocketAddr},
@@ -36,6 +36,8 @@ const SILENCE_RTTS: u32 = 6;
 /// A connection that was begun anew, and had no answer, is so again, so often.
 const REVIVE_AGAIN: Duration = Duration::from_millis(500);
 const REVIVALS: u32 = 8;
+/// RFC 9000 section 13.2.2: an ACK at the latest after so many packets that want one.
+const ACK_EACH: u32 = 2;
 /// Whoever takes longer is not waited for in a handshake either.
 const RTT_MOST: Duration = ANSWER_WAIT;
 /// RFC 4193: a random prefix, never on any wire.
@@ -87,6 +89,16 @@ impl Revival {
     }
 }
 
+/// What we have to acknowledge.
+#[derive(Default)]
+struct Debt {
+    /// Datagrams that came since the last look.
+    heard: u32,
+    /// Frames that want an ACK, and ACKs that were sent, when there was a new one last.
+    got: u64,
+    acks: u64,
+}
+
 pub(super) struct Slot {
     pub(super) handle: ConnectionHandle,
     pub(super) conn: Connection,
@@ -106,6 +118,7 @@ pub(super) struct Slot {
     pub(super) asked: bool,
     /// It is not known yet by what we would recognize that the peer was restarted.
     unguarded: bool,
+    debt: Debt,
     /// There is no path at all: its timers stand still, or each probe would wait twice as long as the one before.
     pub(super) stranded: bool,
     /// When the last stream ended.
@@ -145,6 +158,7 @@ impl Slot {
             alive: now,
             outage: Outage::No,
             asked: false,
+            debt: Debt::default(),
             stranded: false,
             idle_since: now,
             next_keepalive: now + KEEPALIVE,
@@ -206,6 +220,7 @@ impl Slot {
         };
         let before = due.then(|| opened(&self.conn));
         let rtt = self.conn.rtt();
+        self.debt.heard = self.debt.heard.saturating_add(1);
         self.conn.handle_event(event);
         // A client's first ID comes without a token for a stateless reset (RFC 9000 section 18.2), its others with one.
         if self.unguarded && self.conn.stats().frame_rx.new_connection_id > 0 {
@@ -228,6 +243,30 @@ impl Slot {
                 Outage::Revived(_) | Outage::No => {}
             }
         }
+    }
+
+    /// quinn holds an ACK against the window where data waits too: two ends that have filled theirs would wait for each
+    /// other until one sends a probe. RFC 9002 section 7 does not count ACKs; so then a packet may go beyond the window.
+    pub(super) fn poll_transmit(&mut self, now: Instant, most: usize, buf: &mut Vec<u8>) -> Option<Transmit> {
+        let sent = self.conn.poll_transmit(now, most, buf);
+        if sent.is_some() || self.debt.heard < ACK_EACH {
+            return sent;
+        }
+        let stats = self.conn.stats();
+        let (frames, acks) = (stats.frame_rx, stats.frame_tx.acks);
+        let got = frames.stream + frames.datagram + frames.ping;
+        if acks != self.debt.acks {
+            self.debt = Debt { heard: 0, got, acks };
+            return None;
+        }
+        if got < self.debt.got + u64::from(ACK_EACH) {
+            self.debt.heard = 0;
+            return None;
+        }
+        self.hints.owes(true);
+        let sent = self.conn.poll_transmit(now, 1, buf);
+        self.hints.owes(false);
+        sent
     }
 
     /// The new path is proven: congestion control, RTT and MTU of the old one are of no use any more. Nor does what is

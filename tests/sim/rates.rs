@@ -37,10 +37,13 @@ fn pour(world: &mut World, near: End, far: End, long: Duration) -> usize {
     got
 }
 
+/// The mean of several: by a relay, whose queues are short for so long a round trip, each takes its own course.
 #[test]
 fn one_stream_fills_a_long_fat_path() {
-    for seed in seeds(1) {
-        for kind in [Kind::Public, Kind::SymmetricRandom] {
+    const SEEDS: u64 = 6;
+    for kind in [Kind::Public, Kind::SymmetricRandom] {
+        let mut rates = Vec::new();
+        for seed in seeds(SEEDS) {
             let mut p = Pair::new(seed, kind, kind);
             // By the relay each way is two lines.
             let lines = if kind == Kind::Public { 2 } else { 4 };
@@ -49,10 +52,10 @@ fn one_stream_fills_a_long_fat_path() {
             let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
             settle(&mut p.world, if kind == Kind::Public { "direct" } else { "relay" });
             pour(&mut p.world, near, far, 6 * SEC);
-            let got = pour(&mut p.world, near, far, 10 * SEC) as u64;
-            let sent = view(&p.world, 1, "b");
-            assert!(got >= 10 * 17 * MBIT, "seed {seed}, {kind:?}: {} kbit/s; {sent:?}", got * 8 / 10_000);
+            rates.push(pour(&mut p.world, near, far, 10 * SEC) as u64 / 10);
         }
+        let mean = rates.iter().sum::<u64>() / rates.len() as u64;
+        assert!(mean >= 17 * MBIT, "{kind:?}: {mean} bytes/s of {}; {rates:?}", 20 * MBIT);
     }
 }
 
@@ -152,6 +155,33 @@ fn until_through(world: &mut World, near: End, far: End, bytes: usize, most: Dur
         got >= bytes
     });
     through.then(|| world.now - start)
+}
+
+/// A quarter of a megabyte in windows that double: 32 packets of 1,200 bytes, then 77, 154 kB.
+#[test]
+fn a_new_path_has_no_slow_beginning() {
+    let (mut one_way, mut both_ways) = (Vec::new(), Vec::new());
+    for seed in seeds(8) {
+        for (both, took) in [(false, &mut one_way), (true, &mut both_ways)] {
+            let mut p = Pair::new(seed, Kind::Public, Kind::Public);
+            // A round trip of 40 ms.
+            p.world.delay = SEC / 50;
+            p.world.line = Some(Line::new(100 * MBIT, SEC / 10, ETHERNET));
+            let (near, far) = connect(&mut p.world, 20 * SEC).unwrap();
+            settle(&mut p.world, "direct");
+            trickle(&mut p.world, near, far, 3);
+            let chunk = payload(256 << 10);
+            if both {
+                while let Progress::Bytes(_) = p.world.hosts[far.host].node.write(far.key, &chunk) {}
+            }
+            took.push(until_through(&mut p.world, near, far, 256 << 10, 5 * SEC).unwrap_or(5 * SEC));
+        }
+    }
+    for took in [&mut one_way, &mut both_ways] {
+        took.sort_unstable();
+    }
+    assert!(one_way[7] <= SEC / 5, "{one_way:?}; both ways {both_ways:?}");
+    assert!(both_ways[7] <= 9 * SEC / 50, "both ways {both_ways:?}");
 }
 
 #[test]
