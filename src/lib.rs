@@ -20,11 +20,12 @@
 //!
 //! # The balancer
 //!
-//! `table::balance` picks an endpoint: it takes the nearest that serve, as hints and the Service's policies have it, and
-//! of those one by the policy; whom the tunnel finds on our LANs (`tunnel::lan`) is as near as our zone. `table::balance::state` is what it remembers between connections, one for all proxies;
-//! `table::rule` says which DestinationRule is a Service's. `lease` is a connection that an endpoint has, `first` looks at
-//! the bytes that a client sends before it has one. A hash goes to the endpoint with the highest weight (rendezvous): there
-//! is no ring to keep, and one that goes moves no keys but its own. While no API server says how endpoints are
+//! `table::balance` picks an endpoint: it takes the nearest that serve, as hints and the Service's policies have it,
+//! and of those one by the policy; whom the tunnel finds on our LANs (`tunnel::lan`) is as near as our zone.
+//! `table::balance::state` is what it remembers between connections, one for all proxies; `table::rule` says which
+//! DestinationRule is a Service's. `lease` is a connection that an endpoint has, `first` looks at the bytes that a
+//! client sends before it has one. A hash goes to the endpoint with the highest weight (rendezvous): there is no ring
+//! to keep, and one that goes moves no keys but its own. While no API server says how endpoints are
 //! `table::balance::probe` says which of this node's is to be tried, and `probe` tries it.
 //!
 //! # The Kubernetes client
