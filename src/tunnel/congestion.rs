@@ -59,6 +59,9 @@ pub(super) struct Hints {
     under_way: AtomicUsize,
     /// Of these, what is not held against the window until something is acknowledged.
     void: AtomicUsize,
+    /// Numbers of the packets that were sent last, and acknowledged last; of 64 bits what fits.
+    last: AtomicUsize,
+    acked: AtomicUsize,
     /// A packet may go although the window is full.
     owing: AtomicBool,
 }
@@ -76,6 +79,16 @@ impl Hints {
     fn sent(&self, bytes: usize) {
         let all = self.under_way.load(Ordering::Relaxed).saturating_add(bytes);
         self.under_way.store(all, Ordering::Relaxed);
+    }
+
+    /// The packet that was sent last, for [`Hints::is_acked_since`].
+    pub(super) fn last(&self) -> usize {
+        self.last.load(Ordering::Relaxed)
+    }
+
+    /// Whether something is acknowledged that was sent later than this packet.
+    pub(super) fn is_acked_since(&self, last: usize) -> bool {
+        self.acked.load(Ordering::Relaxed).wrapping_sub(last).cast_signed() > 0
     }
 
     /// All that is under way is lost.
@@ -134,6 +147,7 @@ struct Afloat {
 impl Controller for Afloat {
     fn on_sent(&mut self, now: Instant, bytes: u64, packet: u64) {
         self.hints.sent(usize::try_from(bytes).unwrap_or(usize::MAX));
+        self.hints.last.store(packet as usize, Ordering::Relaxed);
         self.inner.on_sent(now, bytes, packet);
     }
 
@@ -143,6 +157,9 @@ impl Controller for Afloat {
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
         self.hints.acknowledged(in_flight);
+        if let Some(largest) = largest {
+            self.hints.acked.store(largest as usize, Ordering::Relaxed);
+        }
         self.inner.on_end_acks(now, in_flight, app_limited, largest);
     }
 
@@ -421,6 +438,7 @@ mod tests {
         hints.probed();
         hints.voided();
         assert_eq!(second.window(), window + 8 * 1200 + u64::from(MTU_MOST));
+        assert_eq!((hints.last(), hints.is_acked_since(8), hints.is_acked_since(9)), (9, true, false));
     }
 
     #[test]

@@ -73,12 +73,12 @@ enum Outage {
     Revived(Revival),
 }
 
-/// It was begun anew, the last time `at`, when so many frames had acknowledged something: until there is another, that may
+/// It was begun anew, the last time `at`, when this packet had been sent last: until a later one is acknowledged, that may
 /// have gone into the void as well, by the path of then, or to a relay that did not know the other end yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Revival {
     at: Instant,
-    acks: u64,
+    sent: usize,
     times: u32,
 }
 
@@ -192,7 +192,7 @@ impl Slot {
     }
 
     fn is_answered(&self, revival: Revival) -> bool {
-        self.conn.stats().frame_rx.acks > revival.acks
+        self.hints.is_acked_since(revival.sent)
     }
 
     pub(super) fn expire(&mut self, now: Instant) {
@@ -275,10 +275,9 @@ impl Slot {
     pub(super) fn move_to(&mut self, now: Instant, path: Path, on_link: bool) {
         (self.path, self.also) = (path, None);
         self.hints.on_link.store(on_link, Ordering::Relaxed);
-        if self.outage == Outage::No {
-            self.void(now, 0);
-        } else {
-            self.revive(now);
+        match self.outage {
+            Outage::CutOff => self.revive(now),
+            Outage::No | Outage::Revived(_) => self.void(now, 0),
         }
         self.ask(now);
     }
@@ -344,7 +343,7 @@ impl Slot {
     /// What is under way is lost. Until something is acknowledged it is asked for again: quinn's own next probe may be
     /// many seconds away.
     fn void(&mut self, now: Instant, times: u32) {
-        self.outage = Outage::Revived(Revival { at: now, acks: self.conn.stats().frame_rx.acks, times });
+        self.outage = Outage::Revived(Revival { at: now, sent: self.hints.last(), times });
         self.begin_anew(now);
         self.hints.voided();
     }
