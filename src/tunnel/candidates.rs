@@ -142,12 +142,14 @@ impl Candidates {
         self.proven(now).filter(|c| dead != Some(c.way)).min_by_key(key).map(|c| c.way)
     }
 
-    /// Whether `one`, which is proven, is worth to give up `other` for.
+    /// Whether `one`, which is proven, is worth to give up `other` for. Of two ports of one host neither is faster: their
+    /// round trips differ by the queue of the moment.
     pub(super) fn beats(&self, now: Instant, one: Way, other: Way) -> bool {
+        let is_same = (one.remote.ip(), one.local) == (other.remote.ip(), other.local);
         let find = |way: Way| self.list.iter().find(move |c| c.way == way);
         let (Some(one), Some(old)) = (find(one), find(other)) else { return true };
         let rtt = old.rtt.filter(|_| old.proven.is_some_and(|at| now < at + PROOF));
-        let faster = rtt.is_none_or(|rtt| one.rtt.unwrap_or(PROOF) + BETTER.max(rtt / 10) < rtt);
+        let faster = rtt.is_none_or(|rtt| !is_same && one.rtt.unwrap_or(PROOF) + BETTER.max(rtt / 10) < rtt);
         self.grade(one) < self.grade(old) || self.grade(one) == self.grade(old) && faster
     }
 
@@ -206,9 +208,12 @@ mod tests {
     fn among_equals_only_a_clearly_lower_rtt_counts() {
         let now = Instant::now();
         let mut c = Candidates::default();
-        let [one, other] = [address("11.0.0.1:5"), address("11.0.0.1:6")];
-        c.called(&[one, other], None, None);
+        let [one, other, port] = [address("11.0.0.1:5"), address("11.0.0.2:5"), address("11.0.0.1:6")];
+        c.called(&[one, other, port], None, None);
         c.prove(now, one.into(), ms(20));
+        c.prove(now, port.into(), ms(1));
+        assert!(!c.beats(now, port.into(), one.into()), "the same host");
+        assert!(c.beats(now + PROOF, port.into(), one.into()), "but it is not known to be there any more");
         c.prove(now, other.into(), ms(16));
         assert!(!c.beats(now, other.into(), one.into()));
         c.prove(now, other.into(), ms(14));
