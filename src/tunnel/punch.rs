@@ -78,7 +78,7 @@ pub(super) enum Do {
     Suspect {
         tell: bool,
     },
-    /// The direct path answered again: by it alone.
+    /// The direct path has answered a PING again: by it alone.
     Trust,
 }
 
@@ -230,6 +230,7 @@ impl Paths {
         }
         self.suspect = true;
         self.silent_since.get_or_insert(now);
+        self.next_ping = Some(now);
         if self.relay.is_some() {
             out.push(Do::Suspect { tell });
         }
@@ -291,10 +292,13 @@ impl Paths {
     /// A QUIC datagram, or a PING, came from this address.
     pub(super) fn came_from(&mut self, now: Instant, from: Way, rng: &mut fastrand::Rng, out: &mut Vec<Do>) {
         if self.current == Some(Path::Direct(from)) {
-            self.alive(out);
-            // What is answered keeps both NATs open.
-            let busy = self.busy.is_some_and(|at| now < at + BUSY);
-            self.next_ping = self.next_ping.map(|at| if busy { at } else { at.max(now + KEEPALIVE) });
+            // A path that is suspect may be dead in the other direction alone: only a PONG speaks for both.
+            if !self.suspect {
+                self.silent_since = None;
+                // What is answered keeps both NATs open.
+                let busy = self.busy.is_some_and(|at| now < at + BUSY);
+                self.next_ping = self.next_ping.map(|at| if busy { at } else { at.max(now + KEEPALIVE) });
+            }
             return;
         }
         self.candidates.learn(from, self.direct());

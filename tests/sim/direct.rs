@@ -112,6 +112,31 @@ fn a_dead_direct_path_costs_less_than_three_seconds_and_is_found_again() {
     assert!(times[times.len() - 1] <= 2 * SEC, "{times:?}");
 }
 
+/// A NAT or firewall that lets pass one direction only: what comes must not speak for what goes.
+#[test]
+fn a_path_that_is_dead_in_one_direction_is_left_at_both_ends() {
+    for seed in seeds(10) {
+        for (from, to) in [(1, 2), (2, 1)] {
+            let (mut p, near, far) = direct_pair(seed, Kind::PortRestricted, Kind::PortRestricted);
+            echo(&mut p, near, far, SEC);
+            p.world.mute.push((from, to));
+            let worst = (0..20).map(|_| {
+                p.world.run(SEC, |_| false);
+                echo(&mut p, near, far, 10 * SEC)
+            });
+            let worst = worst.max().unwrap_or_default();
+            assert!(worst <= 2 * SEC, "seed {seed}, {from} to {to}: {worst:?}");
+            assert_eq!((path(&p, 1, "b"), path(&p, 2, "a")), ("relay", "relay"), "seed {seed}, {from} to {to}");
+            p.world.mute.clear();
+            for _ in 0..60 {
+                echo(&mut p, near, far, 3 * SEC);
+                p.world.run(SEC, |_| false);
+            }
+            assert_eq!((path(&p, 1, "b"), path(&p, 2, "a")), ("direct", "direct"), "seed {seed}, {from} to {to}");
+        }
+    }
+}
+
 #[test]
 fn a_rebound_nat_of_either_side_loses_no_stream() {
     for seed in seeds(10) {

@@ -108,6 +108,8 @@ pub struct World {
     pub down: BTreeSet<IpAddr>,
     /// Pairs of hosts between which nothing passes but by a third.
     pub blocked: Vec<(usize, usize)>,
+    /// (from, to): the same, one way.
+    pub mute: Vec<(usize, usize)>,
     /// What all datagrams pass, in order; None: each takes its own time.
     pub line: Option<Line>,
     /// Keeps a copy of all datagrams.
@@ -146,6 +148,7 @@ impl World {
             uplinks: Vec::new(),
             down: BTreeSet::new(),
             blocked: Vec::new(),
+            mute: Vec::new(),
             line: None,
             record: false,
             recorded: Vec::new(),
@@ -414,9 +417,10 @@ impl World {
             let sender = self.owner(from);
             let stands = |h: &Host| h.cut || h.frozen;
             if let Some((at, local)) = self.arrive(from, to).filter(|(at, _)| !stands(&self.hosts[*at])) {
-                let pair = sender.map(|s| (s.min(at), s.max(at)));
+                let passes =
+                    |s: usize| !self.blocked.contains(&(s.min(at), s.max(at))) && !self.mute.contains(&(s, at));
                 let len = bytes.len();
-                if pair.is_none_or(|p| !self.blocked.contains(&p)) {
+                if sender.is_none_or(passes) {
                     crate::turn(Some(at), self.now - self.born);
                     log::trace!("{from} → {to}: {len} bytes, {:02x}", bytes[0]);
                     let way = Way { remote: from, local: Some(local) };

@@ -133,11 +133,29 @@ fn silence_makes_suspect_and_then_relays_and_an_answer_ends_it() {
     let mut m = Machine::new();
     let address = m.direct("11.0.0.1:5");
     m.paths.sent(m.now, 1200);
-    m.run(2 * SEC);
+    let pings = m.run(2 * SEC);
     let mut out = Vec::new();
     m.paths.came_from(m.now, address, &mut m.rng, &mut out);
+    assert_eq!(out, [], "one direction alone is no path");
+    let last = pings.iter().rev().find_map(|(_, d)| if let Do::Ping { txid, .. } = d { Some(*txid) } else { None });
+    m.paths.ponged(m.now, last.unwrap(), &mut out);
     assert_eq!(out, [Do::Trust]);
     assert_eq!(m.paths.current(), Some(Path::Direct(address)));
+}
+
+#[test]
+fn who_is_told_that_nothing_arrives_asks_at_once_and_believes_only_an_answer() {
+    let mut m = Machine::new();
+    let address = m.direct("11.0.0.1:5");
+    let mut all = Vec::new();
+    m.paths.path_down(m.now, &mut all);
+    assert_eq!(all, [Do::Suspect { tell: false }]);
+    for _ in 0..40 {
+        all.extend(m.run(SEC / 10).into_iter().map(|(_, d)| d));
+        m.paths.came_from(m.now, address, &mut m.rng, &mut all);
+    }
+    let pings = all.iter().filter(|d| matches!(d, Do::Ping { to, .. } if *to == address)).count();
+    assert!(all.contains(&Do::Switch(RELAY)) && !all.contains(&Do::Trust) && pings >= 12, "{all:?}");
 }
 
 #[test]
