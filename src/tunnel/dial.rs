@@ -138,7 +138,8 @@ impl Node {
         match role {
             Role::Dialed(name) => {
                 bump(&self.count.handshake_failures);
-                if let Some(peer) = self.peers.get_mut(&name) {
+                // A connection of theirs may live by these paths.
+                if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.slot.is_none()) {
                     peer.paths.forget(); // ask the relays again next time
                 }
                 self.give_up(&name, &why);

@@ -300,3 +300,32 @@ fn a_restart_right_after_an_outage_ends_all_streams_of_before() {
         }
     }
 }
+
+/// The peer's handshake ends just before it stands still, ours begins just then: what becomes of ours says nothing of the
+/// paths of the peer's.
+#[test]
+fn a_dial_that_nobody_answers_takes_no_path_from_a_connection_of_the_peers() {
+    for seed in seeds(4) {
+        for delay in (60..180).step_by(6) {
+            let mut stage = Stage::new(seed, 1);
+            let (a, b) = (stage.add(Kind::PortRestricted, None), stage.add(Kind::PortRestricted, None));
+            let mut traffic = Traffic::default();
+            traffic.run(&mut stage.world, 2 * SEC, |_, _| false);
+            traffic.open(&mut stage.world, &stage.names, a, b, 1000);
+            traffic.run(&mut stage.world, SEC * delay / 1000, |_, _| false);
+            stage.apply(&Fault::Freeze(a));
+            traffic.open(&mut stage.world, &stage.names, b, a, 1000);
+            traffic.run(&mut stage.world, 8 * SEC, |_, _| false);
+            let nat = stage.world.hosts[b].nats[0];
+            stage.apply(&Fault::Rebind { host: b, nat, moves: true });
+            stage.apply(&Fault::Thaw(a));
+            assert!(reaches(&mut stage, &mut traffic, a, b, 20), "seed {seed}, {delay} ms");
+            let direct = |stage: &Stage| [(a, b), (b, a)].iter().all(|(x, y)| stage.path(*x, *y) == "direct");
+            for _ in 0..60 {
+                traffic.run(&mut stage.world, SEC, |_, _| false);
+                reaches(&mut stage, &mut traffic, b, a, 5);
+            }
+            assert!(direct(&stage), "seed {seed}, {delay} ms: {} {}", stage.path(a, b), stage.path(b, a));
+        }
+    }
+}
