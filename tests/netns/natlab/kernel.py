@@ -158,8 +158,17 @@ def end_process(pid, start, patience=3.0):
             time.sleep(0.01)
 
 
+def _status_bytes(pid, *rows):
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as f:
+        all_rows = dict(line.split(":", 1) for line in f if ":" in line)
+    return tuple(int(all_rows[row].split()[0]) * 1024 for row in rows)
+
+
 def rss_bytes(pid):
     """Resident memory, and its peak, of a process."""
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as f:
-        rows = dict(line.split(":", 1) for line in f if ":" in line)
-    return int(rows["VmRSS"].split()[0]) * 1024, int(rows["VmHWM"].split()[0]) * 1024
+    return _status_bytes(pid, "VmRSS", "VmHWM")
+
+
+def held_bytes(pid):
+    """Resident memory of a process: what is its own, and what is of files."""
+    return _status_bytes(pid, "RssAnon", "RssFile")

@@ -61,6 +61,9 @@ class Process:
     def rss(self):
         return kernel.rss_bytes(self.pid)
 
+    def held(self):
+        return kernel.held_bytes(self.pid)
+
     def text(self):
         with open(self.log, encoding="utf-8", errors="replace") as f:
             return f.read()
