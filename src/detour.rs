@@ -136,7 +136,7 @@ impl Detours {
             return;
         }
         let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        let now = carrier.clock.now();
+        let (now, mut news) = (carrier.clock.now(), false);
         for (relay, detour) in self.list.borrow().iter().enumerate() {
             let at = carrier.shared.node().relay_at(relay);
             let proven = at.filter(|at| at.address == Some(from) && at.by_udp);
@@ -144,7 +144,11 @@ impl Detours {
                 log::info!(target: "tunnel", "relay {}: by UDP again", at.name);
                 detour.follow(carrier);
                 carrier.shared.node().relay_way(now, relay, false);
+                news = true;
             }
+        }
+        if news {
+            self.list.borrow().iter().for_each(|detour| detour.fallback.borrow_mut().passes_elsewhere(now));
         }
     }
 

@@ -150,6 +150,13 @@ impl Fallback {
         news
     }
 
+    /// Another relay answers by UDP again: so may this one, and one question may be lost.
+    pub fn passes_elsewhere(&mut self, now: Instant) {
+        if self.carries() {
+            self.mode = Mode::Tcp { probe: now, gap: PROBE_FIRST };
+        }
+    }
+
     /// Links have changed: what did not pass may pass now.
     pub fn moved(&mut self, now: Instant) {
         self.backoff.reset();
@@ -216,6 +223,8 @@ mod tests {
         assert_eq!(probes, [75.0, 79.0, 87.0, 103.0, 133.0, 163.0].map(|at| (at, Turn::Probe)));
         net.fallback.moved(net.now);
         assert_eq!(net.run(1, |_| true), [(168.0, Turn::Probe)]);
+        net.fallback.passes_elsewhere(net.now);
+        assert_eq!(net.run(8, |_| true), [169.0, 173.0].map(|at| (at, Turn::Probe)));
     }
 
     #[test]
