@@ -298,10 +298,13 @@ impl Slot {
         self.hints.probed();
     }
 
-    /// On another path: says to the other end where we are.
+    /// On another path, or one that passes again: says to the other end where we are. Of what went by a suspect path too
+    /// little may have come.
     pub(super) fn prod(&mut self, now: Instant) {
         if self.outage != Outage::No {
             self.revive(now);
+        } else if self.also.is_some() {
+            self.void(now, 0);
         }
         self.ask(now);
     }
