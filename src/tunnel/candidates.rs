@@ -142,14 +142,15 @@ impl Candidates {
         self.proven(now).filter(|c| dead != Some(c.way)).min_by_key(key).map(|c| c.way)
     }
 
-    /// Whether `one`, which is proven, is worth to give up `other` for. Of two ports of one host neither is faster: their
-    /// round trips differ by the queue of the moment.
-    pub(super) fn beats(&self, now: Instant, one: Way, other: Way) -> bool {
+    /// Whether `one`, which is proven, is worth to give up `other` for; `settled`: so it is for being faster alone. Of two
+    /// ports of one host neither is faster: their round trips differ by the queue of the moment.
+    pub(super) fn beats(&self, now: Instant, one: Way, other: Way, settled: bool) -> bool {
         let is_same = (one.remote.ip(), one.local) == (other.remote.ip(), other.local);
         let find = |way: Way| self.list.iter().find(move |c| c.way == way);
         let (Some(one), Some(old)) = (find(one), find(other)) else { return true };
         let rtt = old.rtt.filter(|_| old.proven.is_some_and(|at| now < at + PROOF));
-        let faster = rtt.is_none_or(|rtt| !is_same && one.rtt.unwrap_or(PROOF) + BETTER.max(rtt / 10) < rtt);
+        let may = settled && !is_same;
+        let faster = rtt.is_none_or(|rtt| may && one.rtt.unwrap_or(PROOF) + BETTER.max(rtt / 10) < rtt);
         self.grade(one) < self.grade(old) || self.grade(one) == self.grade(old) && faster
     }
 
@@ -195,7 +196,9 @@ mod tests {
         for (i, way) in worst_first.into_iter().enumerate() {
             c.prove(now, way, ms(10 * (i as u64 + 1)));
             assert_eq!(c.best(now, None), Some(way));
-            assert!(i == 0 || c.beats(now, way, worst_first[i - 1]) && !c.beats(now, worst_first[i - 1], way));
+            assert!(
+                i == 0 || c.beats(now, way, worst_first[i - 1], true) && !c.beats(now, worst_first[i - 1], way, true)
+            );
         }
         assert_eq!(c.above(worst_first[1]), (true, true));
         assert_eq!(c.above(worst_first[3]), (true, false));
@@ -212,12 +215,13 @@ mod tests {
         c.called(&[one, other, port], None, None);
         c.prove(now, one.into(), ms(20));
         c.prove(now, port.into(), ms(1));
-        assert!(!c.beats(now, port.into(), one.into()), "the same host");
-        assert!(c.beats(now + PROOF, port.into(), one.into()), "but it is not known to be there any more");
+        assert!(!c.beats(now, port.into(), one.into(), true), "the same host");
+        assert!(c.beats(now + PROOF, port.into(), one.into(), true), "but it is not known to be there any more");
         c.prove(now, other.into(), ms(16));
-        assert!(!c.beats(now, other.into(), one.into()));
+        assert!(!c.beats(now, other.into(), one.into(), true));
         c.prove(now, other.into(), ms(14));
-        assert!(c.beats(now, other.into(), one.into()));
+        assert!(c.beats(now, other.into(), one.into(), true));
+        assert!(!c.beats(now, other.into(), one.into(), false), "one was chosen just now");
     }
 
     #[test]

@@ -56,6 +56,9 @@ const NUDGE: Duration = Duration::from_millis(250);
 const PROBES_MAX: usize = 256;
 /// A PONG that takes longer proves nothing of use, and its PING is forgotten.
 const PONG_WAIT: Duration = Duration::from_secs(5);
+/// A path that answers is kept for so long before another, of the same rank, may be faster: each change costs what is known
+/// of the path, and where round trips vary two would take turns.
+const SETTLE: Duration = Duration::from_secs(10);
 /// While a path is in use that is direct and not by the preferred uplink, or not of the best rank that the peer has.
 const BY_UPLINK: Duration = Duration::from_secs(30);
 const BY_RANK: Duration = Duration::from_secs(300);
@@ -90,6 +93,8 @@ struct Round {
 #[derive(Default)]
 pub(super) struct Paths {
     current: Option<Path>,
+    /// When a direct one was taken last.
+    taken: Option<Instant>,
     relay: Option<Path>,
     pub(super) candidates: Candidates,
     probes: VecDeque<(u64, Way, Instant)>,
@@ -332,12 +337,13 @@ impl Paths {
     fn choose(&mut self, now: Instant, out: &mut Vec<Do>) {
         let dead = self.direct().filter(|_| self.suspect);
         let Some(best) = self.candidates.best(now, dead) else { return };
+        let settled = self.taken.is_none_or(|at| now >= at + SETTLE);
         let better = match self.direct() {
-            Some(way) => way != best && (self.suspect || self.candidates.beats(now, best, way)),
+            Some(way) => way != best && (self.suspect || self.candidates.beats(now, best, way, settled)),
             None => true,
         };
         if better {
-            self.current = Some(Path::Direct(best));
+            (self.current, self.taken) = (Some(Path::Direct(best)), Some(now));
             (self.suspect, self.silent_since) = (false, None);
             (self.last_good, self.failed_rounds, self.calls) = (Some(best.remote), 0, 0);
             self.next_ping = Some(now + PING_BUSY);

@@ -171,6 +171,32 @@ fn a_lan_path_is_taken_over_a_faster_one_of_lower_rank_and_not_given_up_for_it()
     assert_eq!(m.paths.current(), Some(Path::Direct(lan)));
 }
 
+/// Two addresses of one rank, whose round trips vary so that now the one is faster, now the other.
+#[test]
+fn two_paths_do_not_take_turns() {
+    let mut m = Machine::new();
+    let list: [SocketAddr; 2] = ["11.0.0.1:5".parse().unwrap(), "11.0.0.2:5".parse().unwrap()];
+    let (mut switches, mut out) = (0, Vec::new());
+    for i in 0..60 {
+        m.paths.received(m.now, 1200);
+        m.paths.called(m.now, false, &list, &mut out);
+        let pings = m.run(SCHEDULE[1]);
+        for faster in [true, false] {
+            m.now += Duration::from_millis(40);
+            let now_faster = |to: Way| (to.remote == list[0]) == (i / 8 % 2 == 0);
+            for (_, what) in &pings {
+                if let Do::Ping { to, txid } = what
+                    && now_faster(*to) == faster
+                {
+                    m.paths.ponged(m.now, *txid, &mut out);
+                }
+            }
+        }
+        switches += out.drain(..).filter(|d| matches!(d, Do::Switch(_))).count();
+    }
+    assert!((1..=3).contains(&switches), "{switches} in {:?}", m.now);
+}
+
 #[test]
 fn an_unknown_pong_proves_nothing() {
     let mut m = Machine::new();
