@@ -68,6 +68,8 @@ pub(super) enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outage {
     No,
+    /// The path is suspect: when something comes again, what was under way will be lost.
+    Doubted,
     /// Nothing has come since [`Slot::alive`], though something was to be acknowledged.
     CutOff,
     Revived(Revival),
@@ -187,7 +189,7 @@ impl Slot {
     fn revival(&self) -> Option<Revival> {
         match self.outage {
             Outage::Revived(revival) if !self.lost => Some(revival),
-            Outage::Revived(_) | Outage::CutOff | Outage::No => None,
+            Outage::Revived(_) | Outage::CutOff | Outage::Doubted | Outage::No => None,
         }
     }
 
@@ -238,6 +240,10 @@ impl Slot {
             (self.alive, self.asked) = (now, false);
             match self.outage {
                 Outage::CutOff => self.revive(now),
+                Outage::Doubted => {
+                    self.void(now, 0);
+                    self.conn.ping();
+                }
                 Outage::Revived(revival) if self.is_answered(revival) => self.outage = Outage::No,
                 Outage::Revived(revival) if now >= revival.at + SILENCE => self.revive(now),
                 Outage::Revived(_) | Outage::No => {}
@@ -277,9 +283,25 @@ impl Slot {
         self.hints.on_link.store(on_link, Ordering::Relaxed);
         match self.outage {
             Outage::CutOff => self.revive(now),
-            Outage::No | Outage::Revived(_) => self.void(now, 0),
+            Outage::No | Outage::Doubted | Outage::Revived(_) => self.void(now, 0),
         }
         self.ask(now);
+    }
+
+    /// The path is suspect: all goes this way too from now on.
+    pub(super) fn doubt(&mut self, relay: Path) {
+        self.also = Some(relay);
+        if self.outage == Outage::No {
+            self.outage = Outage::Doubted;
+        }
+    }
+
+    /// The path has answered.
+    pub(super) fn trust(&mut self) {
+        self.also = None;
+        if self.outage == Outage::Doubted {
+            self.outage = Outage::No;
+        }
     }
 
     /// True once where the path was found to be slower than all that quinn knows of it: what it knows is forgotten.
@@ -298,13 +320,12 @@ impl Slot {
         self.hints.probed();
     }
 
-    /// On another path, or one that passes again: says to the other end where we are. Of what went by a suspect path too
-    /// little may have come.
+    /// On another path, or one that passes again: says to the other end where we are.
     pub(super) fn prod(&mut self, now: Instant) {
-        if self.outage != Outage::No {
-            self.revive(now);
-        } else if self.also.is_some() {
-            self.void(now, 0);
+        match self.outage {
+            Outage::No => {}
+            Outage::Doubted => self.void(now, 0),
+            Outage::CutOff | Outage::Revived(_) => self.revive(now),
         }
         self.ask(now);
     }

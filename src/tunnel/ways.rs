@@ -160,7 +160,7 @@ impl Node {
                 }
                 for index in self.slots_of(name) {
                     let Some(slot) = self.slots.get_mut(index) else { continue };
-                    slot.also = Some(relay);
+                    slot.doubt(relay);
                     let recent = std::mem::take(&mut slot.recent);
                     recent.iter().for_each(|datagram| self.send_raw(now, relay, datagram));
                 }
@@ -168,7 +168,7 @@ impl Node {
             Do::Trust => {
                 for index in self.slots_of(name) {
                     if let Some(slot) = self.slots.get_mut(index) {
-                        slot.also = None;
+                        slot.trust();
                     }
                 }
             }

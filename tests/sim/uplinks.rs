@@ -192,7 +192,8 @@ fn what_was_lost_under_way_does_not_hold_back_the_next_path() {
             p.world.line = Some(Line::new(MBYTE * 2, SEC / 10, 1500));
             p.world.run(2 * SEC, &mut pour);
             let worst = worst.max(p.world.now.saturating_duration_since(last));
-            assert!(worst <= 3 * SEC / 2, "seed {seed}, down {down}: {worst:?}, {got} bytes");
+            // A second until the path is suspect; what is lost then is asked for again after half a second more.
+            assert!(worst <= 7 * SEC / 4, "seed {seed}, down {down}: {worst:?}, {got} bytes");
         }
     }
 }
