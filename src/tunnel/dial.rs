@@ -138,10 +138,6 @@ impl Node {
         match role {
             Role::Dialed(name) => {
                 bump(&self.count.handshake_failures);
-                // A connection of theirs may live by these paths.
-                if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.slot.is_none()) {
-                    peer.paths.forget(); // ask the relays again next time
-                }
                 self.give_up(&name, &why);
             }
             Role::Registering(relay) => {
@@ -300,8 +296,9 @@ impl Node {
             (Role::Dialed(name), None) => {
                 if let Some(peer) = self.peers.get_mut(&name).filter(|p| p.dialing == Some(index)) {
                     peer.dialing = None;
+                    // Else a connection of theirs may live by these paths.
                     if peer.slot.is_none() {
-                        peer.paths.forget();
+                        peer.paths.forget(); // ask the relays again next time
                         self.give_up(&name, why);
                     }
                 }
