@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-/// musl's own keeps what many connections at once have left behind: 11.8 MB after 500, 6.7 with this one.
-#[cfg(target_env = "musl")]
+/// The C libraries' own keep what many connections at once have left behind: after 500, musl's holds 11.8 MB and this one 6.7.
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
