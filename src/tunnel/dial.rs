@@ -133,21 +133,11 @@ impl Node {
     }
 
     fn nobody_answered(&mut self, now: Instant, index: u32) {
-        let Some(role) = self.slots.get(index).map(|s| s.role.clone()) else { return };
-        let why = format!("nobody answered for {} s: {CAUSES}", ANSWER_WAIT.as_secs());
-        match role {
-            Role::Dialed(name) => {
-                bump(&self.count.handshake_failures);
-                self.give_up(&name, &why);
-            }
-            Role::Registering(relay) => {
-                bump(&self.count.handshake_failures);
-                self.homes.dial_failed(relay, now, &why);
-            }
-            Role::Accepted => bump(&self.count.handshake_failures),
-            Role::Registered => {}
+        if self.slots.get(index).is_some_and(|slot| slot.role != Role::Registered) {
+            bump(&self.count.handshake_failures);
         }
-        self.close(now, index, "no answer");
+        let why = format!("nobody answered for {} s: {CAUSES}", ANSWER_WAIT.as_secs());
+        self.close_as(now, index, "no answer", &why);
     }
 
     /// A confirmed connection with a node: which of its connections carries new streams?

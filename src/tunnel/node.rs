@@ -405,10 +405,15 @@ impl Node {
     }
 
     pub(super) fn close(&mut self, now: Instant, index: u32, why: &'static str) {
+        self.close_as(now, index, why, &format!("closed: {why}"));
+    }
+
+    /// `told`: what the other end hears of it.
+    pub(super) fn close_as(&mut self, now: Instant, index: u32, told: &'static str, why: &str) {
         if let Some(slot) = self.slots.get_mut(index) {
-            slot.conn.close(now, DONE, why.into());
+            slot.conn.close(now, DONE, told.into());
             self.touch(index);
-            self.lose(now, index, &format!("closed: {why}"));
+            self.lose(now, index, why);
         }
     }
 
