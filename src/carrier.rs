@@ -18,7 +18,7 @@ use crate::{
     metrics::{TunnelCounters, add, bump},
     reactor::{Async, LocalExecutor},
     reception::Reception,
-    sys,
+    sys, tcp,
     tunnel::{Lookup, Shared},
 };
 use connect::Proxy;
@@ -72,9 +72,9 @@ impl Socket {
     /// Where the event loop does not take it.
     pub(crate) fn new(socket: TcpStream) -> io::Result<Self> {
         // None of these is more than an improvement.
-        let _ = sys::nodelay(&socket);
+        let _ = tcp::nodelay(&socket);
         let _ = sys::queue_less(&socket, KERNEL_QUEUE);
-        let _ = sys::keepalive(&socket, KEEPALIVE.0, KEEPALIVE.1, KEEPALIVE.2);
+        let _ = tcp::keepalive(&socket, KEEPALIVE.0, KEEPALIVE.1, KEEPALIVE.2);
         Async::new(socket).map(Self)
     }
 

@@ -4,7 +4,7 @@ use crate::{
     carrier::connect::{HEAD_MAX, Proxy},
     kube::tls,
     reactor::{Async, Timer},
-    sys,
+    sys, tcp,
 };
 use futures_lite::future::or;
 use rustls::ClientConnection;
@@ -88,8 +88,8 @@ impl Conn {
         // So that our own rules never catch it. Without the right to mark there are no rules of ours either.
         let _ = sys::set_mark(&socket, mark);
         let (idle, every, count) = KEEPALIVE;
-        sys::keepalive(&socket, idle, every, count)?;
-        sys::nodelay(&socket)?;
+        tcp::keepalive(&socket, idle, every, count)?;
+        tcp::nodelay(&socket)?;
         rustix::net::sockopt::set_tcp_user_timeout(&socket, USER_TIMEOUT_MS).map_err(io::Error::from)?;
         let tcp = Async::connect_by(socket, &to).await?;
         let mut conn = Self { tcp, tls: None };

@@ -6,12 +6,12 @@ use crate::{
     proxy::Shared,
     pump,
     reactor::{Async, Timer},
-    sys,
     table::{
         balance::{Ask, NoTarget, Pick, PortId, Target},
         model::ServiceId,
         rule::{Number, Traffic},
     },
+    tcp,
 };
 use futures_lite::future::or;
 use std::{
@@ -97,7 +97,7 @@ impl<S: Deref<Target = Shared>> Lease<S> {
             let usual = pump::KEEPALIVE;
             let least = Duration::from_secs(1);
             let (idle, every) = (idle.unwrap_or(usual.0).max(least), every.unwrap_or(usual.1).max(least));
-            let _ = sys::keepalive(server, idle, every, probes.unwrap_or(usual.2));
+            let _ = tcp::keepalive(server, idle, every, probes.unwrap_or(usual.2));
         }
     }
 

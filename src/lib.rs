@@ -127,6 +127,7 @@ pub mod streamed;
 pub mod sys;
 pub mod table;
 pub mod tasks;
+pub mod tcp;
 pub mod trial;
 pub mod tunnel;
 pub mod udp;

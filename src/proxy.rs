@@ -169,9 +169,10 @@ impl Proxy {
         let wanted = SocketAddr::new(listen, 0);
         let listener = sys::tcp_listener(&wanted).with_context(|| format!("cannot listen on {listen}"))?;
         // Inherited by what is accepted.
-        pump::prepare(&listener)?;
+        let pool = Pool::default();
+        pool.prepare(&listener)?;
         let listener6 = sys::tcp_listener(&SocketAddr::new(rules::ADDRESS6.into(), 0))
-            .and_then(|listener6| pump::prepare(&listener6).map(|()| listener6))
+            .and_then(|listener6| pool.prepare(&listener6).map(|()| listener6))
             .map_err(|e| log::info!("Services have no IPv6 here: {e}"))
             .ok();
         let shared = Shared {
@@ -185,7 +186,7 @@ impl Proxy {
             tunnel,
             counters,
             clock,
-            pool: Pool::default(),
+            pool,
             queued: Rc::default(),
             sessions: Cell::new(0),
             leaving: Cell::new(false),
@@ -537,7 +538,7 @@ impl Shared {
     pub(crate) async fn dial(&self, to: &SocketAddr, patience: Duration) -> io::Result<Async<TcpStream>> {
         let socket = sys::tcp_socket(to)?;
         self.prepare(&socket, to)?;
-        pump::prepare(&socket)?;
+        self.pool.prepare(&socket)?;
         let timeout = async {
             Timer::after(patience).await;
             Err(ErrorKind::TimedOut.into())

@@ -2,14 +2,18 @@
 //! little; [`crate::streamed`] is for those with a stream of the tunnel. An idle connection owns neither buffer nor pipe.
 
 use crate::reactor::Async;
-use crate::{metrics::add, sys};
+use crate::{
+    metrics::add,
+    sys,
+    tcp::{self, Pacing},
+};
 use futures_lite::future::{poll_fn, try_zip, yield_now};
 use rustix::net::{SocketFlags, acceptfrom_with};
 use std::{
     cell::{Cell, RefCell},
     io::{self, ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
@@ -52,16 +56,6 @@ const OTHERS: u64 = 128;
 /// With four probes, 30 s apart, a dead peer is found within four minutes.
 pub(crate) const KEEPALIVE: (Duration, Duration, u8) = (Duration::from_secs(120), Duration::from_secs(30), 4);
 
-/// Sets what each relayed connection needs; on a listener the accepted ones inherit it.
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn prepare(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
-    sys::nodelay(socket)?;
-    let (idle, every, probes) = KEEPALIVE;
-    sys::keepalive(socket, idle, every, probes)
-}
-
 /// A connection of a listener's queue, non-blocking from its first moment.
 ///
 /// # Errors
@@ -101,6 +95,7 @@ pub struct Pool {
     pub(crate) held: Cell<usize>,
     /// What waits in pipes.
     piped: Cell<usize>,
+    pub(crate) pacing: Pacing,
 }
 
 impl Default for Pool {
@@ -114,7 +109,26 @@ impl Pool {
     #[must_use]
     pub fn with_pipes(most: usize) -> Self {
         let scratch = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
-        Self { scratch, idle: RefCell::default(), taken: Cell::new(0), most, held: Cell::new(0), piped: Cell::new(0) }
+        Self {
+            scratch,
+            idle: RefCell::default(),
+            taken: Cell::new(0),
+            most,
+            held: Cell::new(0),
+            piped: Cell::new(0),
+            pacing: Pacing::of_host(),
+        }
+    }
+
+    /// Sets what each relayed connection needs; on a listener the accepted ones inherit it.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn prepare(&self, socket: &impl AsFd) -> io::Result<()> {
+        self.pacing.begin(socket);
+        tcp::nodelay(socket)?;
+        let (idle, every, probes) = KEEPALIVE;
+        tcp::keepalive(socket, idle, every, probes)
     }
 
     /// Lends the scratch buffer; `f` cannot wait, so two never hold it.
@@ -253,12 +267,16 @@ async fn one_way(
 ) -> io::Result<()> {
     // As long as it moves much, no copy is tried.
     let mut much = false;
+    let mut asked = false;
     loop {
         let (burst, moved) = match if much { pool.take() } else { None } {
             Some(loan) => spliced(loan, from, to, count).await?,
             None => copied(pool, from, to, count).await?,
         };
         let before = std::mem::replace(&mut much, moved >= HELD);
+        if much && !std::mem::replace(&mut asked, true) {
+            pool.pacing.much_to(to.get_ref());
+        }
         match burst {
             Burst::Dry => readable(from).await?,
             // More than a copy is for: it goes on by a pipe.

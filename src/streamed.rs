@@ -170,7 +170,7 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
     to: &Async<TcpStream>,
     count: &Cell<u64>,
 ) -> io::Result<()> {
-    let (mut moved, mut step) = (0, HELD);
+    let (mut moved, mut step, mut asked) = (0, HELD, false);
     loop {
         let (n, rest) = poll_fn(|cx| {
             pool.scratch(|scratch| {
@@ -185,6 +185,9 @@ async fn out_of_stream<S: AsyncRead + Unpin>(
         }
         let more = rest.is_empty() && n == step && pool.held.get() < HELD_ALL;
         step = if more { SCRATCH.min(step * 2) } else { HELD };
+        if n >= HELD && !std::mem::replace(&mut asked, true) {
+            pool.pacing.much_to(to.get_ref());
+        }
         if !rest.is_empty() {
             let _kept = Kept::new(&pool.held, rest.len());
             write_rest(to, &rest, count).await?;

@@ -52,6 +52,7 @@ trait Plain: Copy {}
 impl Plain for libc::sockaddr_storage {}
 impl Plain for Control {}
 impl Plain for TableInfo {}
+impl Plain for TcpInfo {}
 
 /// The length that the kernel has written.
 fn get_option<T: Plain>(fd: &impl AsFd, level: c_int, name: c_int, value: &mut T) -> io::Result<socklen_t> {
@@ -136,18 +137,6 @@ pub fn set_mark(fd: &impl AsFd, mark: u32) -> io::Result<()> {
 /// As setsockopt(2).
 pub fn reset_on_close(fd: &impl AsFd) -> io::Result<()> {
     set_option(fd, libc::SOL_SOCKET, libc::SO_LINGER, libc::linger { l_onoff: 1, l_linger: 0 })
-}
-
-/// Has the kernel probe a silent peer after `idle`, then each `every`, and give up after `count` probes.
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn keepalive(fd: &impl AsFd, idle: Duration, every: Duration, count: u8) -> io::Result<()> {
-    let secs = |d: Duration| c_int::try_from(d.as_secs()).unwrap_or(c_int::MAX);
-    set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, secs(idle))?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, secs(every))?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, c_int::from(count))
 }
 
 /// linux/in.h, and linux/in6.h where it is `IPV6_2292PKTOPTIONS`.
@@ -347,12 +336,17 @@ pub fn interface_of(stream: &TcpStream) -> io::Result<u32> {
     Ok(interface_in(&message))
 }
 
-/// Sets TCP_NODELAY; on a listener its accepted sockets inherit it.
+/// The first words of `tcp_info`, linux/tcp.h; the last of them is tcpi_rtt.
+type TcpInfo = [u32; 18];
+
+/// The smoothed round trip of a TCP connection; zero as long as none was measured.
 ///
 /// # Errors
-/// As setsockopt(2).
-pub fn nodelay(fd: &impl AsFd) -> io::Result<()> {
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)
+/// As getsockopt(2).
+pub fn round_trip(socket: &TcpStream) -> io::Result<Duration> {
+    let mut info: TcpInfo = [0; 18];
+    get_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    Ok(Duration::from_micros(info[17].into()))
 }
 
 /// Has a TCP socket count as writable only while less than this has not been sent (tcp(7): TCP_NOTSENT_LOWAT).
