@@ -18,7 +18,7 @@ use crate::{
     metrics::{TunnelCounters, add, bump},
     reactor::{Async, LocalExecutor},
     reception::Reception,
-    sys, tcp,
+    tcp,
     tunnel::{Lookup, Shared},
 };
 use connect::Proxy;
@@ -73,7 +73,7 @@ impl Socket {
     pub(crate) fn new(socket: TcpStream) -> io::Result<Self> {
         // None of these is more than an improvement.
         let _ = tcp::nodelay(&socket);
-        let _ = sys::queue_less(&socket, KERNEL_QUEUE);
+        let _ = tcp::queue_less(&socket, KERNEL_QUEUE);
         let _ = tcp::keepalive(&socket, KEEPALIVE.0, KEEPALIVE.1, KEEPALIVE.2);
         Async::new(socket).map(Self)
     }

@@ -17,9 +17,6 @@ const IP6T_SO_ORIGINAL_DST: c_int = 80;
 /// linux/netfilter_ipv4/ip_tables.h; that of ip6_tables is the same.
 const IPT_SO_GET_INFO: c_int = 64;
 
-/// linux/tcp.h.
-const TCP_NOTSENT_LOWAT: c_int = 25;
-
 /// Connections that the kernel keeps for us until they are accepted; it lowers this to net.core.somaxconn.
 const BACKLOG: c_int = 1024;
 
@@ -39,7 +36,7 @@ fn length<T>() -> socklen_t {
     mem::size_of::<T>() as socklen_t
 }
 
-fn set_option<T: Copy>(fd: &impl AsFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
+pub(crate) fn set_option<T: Copy>(fd: &impl AsFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
     // SAFETY: the pointer and the length are those of `value`, which lives through the call.
     let result = unsafe {
         libc::setsockopt(fd.as_fd().as_raw_fd(), level, name, (&raw const value).cast::<c_void>(), length::<T>())
@@ -48,14 +45,14 @@ fn set_option<T: Copy>(fd: &impl AsFd, level: c_int, name: c_int, value: T) -> i
 }
 
 /// What any bytes are a value of.
-trait Plain: Copy {}
+pub(crate) trait Plain: Copy {}
 impl Plain for libc::sockaddr_storage {}
 impl Plain for Control {}
-impl Plain for TableInfo {}
-impl Plain for TcpInfo {}
+impl<const N: usize> Plain for [u8; N] {}
+impl<const N: usize> Plain for [u32; N] {}
 
 /// The length that the kernel has written.
-fn get_option<T: Plain>(fd: &impl AsFd, level: c_int, name: c_int, value: &mut T) -> io::Result<socklen_t> {
+pub(crate) fn get_option<T: Plain>(fd: &impl AsFd, level: c_int, name: c_int, value: &mut T) -> io::Result<socklen_t> {
     let (mut len, at) = (length::<T>(), (&raw mut *value).cast::<c_void>());
     // SAFETY: the kernel writes at most `len` bytes into `value`.
     check(unsafe { libc::getsockopt(fd.as_fd().as_raw_fd(), level, name, at, &raw mut len) })?;
@@ -334,27 +331,6 @@ pub fn interface_of(stream: &TcpStream) -> io::Result<u32> {
     message.msg_control = control.0.as_mut_ptr().cast();
     message.msg_controllen = len as _;
     Ok(interface_in(&message))
-}
-
-/// The first words of `tcp_info`, linux/tcp.h; the last of them is tcpi_rtt.
-type TcpInfo = [u32; 18];
-
-/// The smoothed round trip of a TCP connection; zero as long as none was measured.
-///
-/// # Errors
-/// As getsockopt(2).
-pub fn round_trip(socket: &TcpStream) -> io::Result<Duration> {
-    let mut info: TcpInfo = [0; 18];
-    get_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    Ok(Duration::from_micros(info[17].into()))
-}
-
-/// Has a TCP socket count as writable only while less than this has not been sent (tcp(7): TCP_NOTSENT_LOWAT).
-///
-/// # Errors
-/// As setsockopt(2).
-pub fn queue_less(fd: &impl AsFd, bytes: u32) -> io::Result<()> {
-    set_option(fd, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, bytes)
 }
 
 fn socket(domain: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd> {
