@@ -254,6 +254,8 @@ pub async fn sockets(
     };
     try_zip(one_way(pool, &a, &b, up, &last), back).await?;
     unfinished.into_iter().for_each(std::mem::forget);
+    // Who has just come goes before what is left to do for these.
+    yield_now().await;
     Ok(())
 }
 
