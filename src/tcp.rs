@@ -97,7 +97,7 @@ impl Pacing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, io::Write, net::TcpListener};
+    use std::{io::Write, net::TcpListener};
 
     fn pair(pacing: &Pacing) -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -107,13 +107,14 @@ mod tests {
         (client, listener.accept().unwrap().0)
     }
 
-    /// None: qemu-user hands on four bytes of a name.
+    /// None under qemu-user, which hands on four bytes of each option.
     fn named(socket: &TcpStream) -> Option<String> {
-        let name = congestion(socket).unwrap();
-        let all = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
-        let known = all.split_whitespace().any(|one| one == name);
-        assert!(known || cfg!(not(target_arch = "x86_64")), "{name:?} of {all}");
-        known.then_some(name)
+        let (name, took) = (congestion(socket).unwrap(), round_trip(socket).unwrap());
+        if cfg!(not(target_arch = "x86_64")) && took.is_zero() {
+            return None;
+        }
+        assert!(took > Duration::ZERO && took < Duration::from_secs(1), "{took:?}");
+        Some(name)
     }
 
     #[test]
@@ -122,7 +123,6 @@ mod tests {
         let Some(theirs) = named(&client) else { return };
         assert_eq!(named(&server).unwrap(), UNPACED);
         let took = round_trip(&server).unwrap();
-        assert!(took > Duration::ZERO && took < Duration::from_secs(1), "{took:?}");
         Pacing(Some(theirs.clone().into())).much_to(&server);
         assert_eq!(named(&server).unwrap(), if took < NEAR { UNPACED } else { &theirs });
     }
