@@ -195,7 +195,7 @@ impl Runner {
             let up = self.node.relay_views().iter().any(|r| r.registered);
             let open = self.stream.and_then(|key| self.node.opened(key));
             let held = self.holds && matches!(open, Some(Ok(())));
-            if let (false, Some(_), Some(key)) = (self.holds, &open, self.stream) {
+            if let (false, Some(Ok(())), Some(key)) = (self.holds, &open, self.stream) {
                 tally.opened.set(tally.opened.get() + 1);
                 self.node.drop_stream(Instant::now(), key);
                 self.stream = None;
