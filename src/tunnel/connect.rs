@@ -12,7 +12,7 @@ use super::{
 };
 use crate::metrics::bump;
 use bytes::BytesMut;
-use quinn_proto::{ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, Incoming};
+use quinn_proto::{ConnectionError, ConnectionEvent, ConnectionHandle, DatagramEvent, EndpointEvent, Incoming};
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 impl Node {
@@ -86,14 +86,14 @@ impl Node {
         let remote = incoming.remote_address();
         let proven = !incoming.may_retry();
         let verdict = admit::judge(&self.slots, &mut self.effort, now, remote, proven);
-        let vacant = self.slots.vacant();
-        let index = match (verdict, vacant) {
-            (admit::Verdict::Accept, Some(index)) => index,
-            (admit::Verdict::Retry, Some(_)) => return self.retry(now, origin, incoming),
-            (admit::Verdict::Drop, _) | (_, None) => {
-                bump(&self.count.budget_exceeded);
-                return self.endpoint.ignore(incoming);
-            }
+        let index = match verdict {
+            admit::Verdict::Accept => self.place(),
+            admit::Verdict::Retry => return self.retry(now, origin, incoming),
+            admit::Verdict::Drop => None,
+        };
+        let Some(index) = index else {
+            bump(&self.count.budget_exceeded);
+            return self.endpoint.ignore(incoming);
         };
         self.working_since = Some(now);
         self.transport.serve(index);
@@ -114,6 +114,17 @@ impl Node {
                 }
             }
         }
+    }
+
+    /// For one more. Where all places are taken, one that is closing ends before its time, which is three PTOs: a minute
+    /// where the handshake was slow. What still comes for it gets a stateless reset (RFC 9000 section 10.2).
+    fn place(&mut self) -> Option<u32> {
+        if let (None, Some(index)) = (self.slots.vacant(), self.slots.closed()) {
+            let handle = self.slots.get(index)?.handle;
+            self.endpoint.handle_event(handle, EndpointEvent::drained());
+            self.forget(index);
+        }
+        self.slots.vacant()
     }
 
     fn retry(&mut self, now: Instant, origin: Origin, incoming: Incoming) {
@@ -150,7 +161,7 @@ impl Node {
     }
 
     pub(super) fn connect_slot(&mut self, now: Instant, dial: Dial, role: Role, path: Path) -> Result<u32, String> {
-        let index = self.slots.vacant().ok_or("too many connections")?;
+        let index = self.place().ok_or("too many connections")?;
         self.transport.serve(index);
         let (windows, hints) = self.terms(now, path);
         let config = self.transport.client(dial, &windows, &hints).ok_or_else(|| "the bundle has no psk".to_owned());

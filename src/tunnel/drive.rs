@@ -115,14 +115,18 @@ impl Node {
                 slot.conn.handle_event(back);
             }
             if drained {
-                self.by_handle.remove(&slot.handle);
-                if let Some(slot) = self.slots.remove(index) {
-                    slot.windows.close(&mut self.budget);
-                    self.kill_streams(slot.streams.into_values(), "the connection was lost");
-                }
+                self.forget(index);
                 return None;
             }
         }
+    }
+
+    /// Of this connection quinn knows nothing any more.
+    pub(super) fn forget(&mut self, index: u32) {
+        let Some(slot) = self.slots.remove(index) else { return };
+        self.by_handle.remove(&slot.handle);
+        slot.windows.close(&mut self.budget);
+        self.kill_streams(slot.streams.into_values(), "the connection was lost");
     }
 
     /// None: nothing to send. (None, _) inside: it was dropped, its path is down.

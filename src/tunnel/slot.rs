@@ -457,6 +457,12 @@ impl Slots {
         self.iter().filter(|(_, s)| s.peer.is_some() && !s.lost)
     }
 
+    /// Of those that have said that they are closed, the one that is over first.
+    pub(super) fn closed(&self) -> Option<u32> {
+        let closed = self.iter().filter(|(_, s)| s.lost && !s.dirty);
+        closed.min_by_key(|(_, s)| s.timer).map(|(index, _)| index)
+    }
+
     pub(super) fn remove(&mut self, index: u32) -> Option<Box<Slot>> {
         let slot = self.list.get_mut((index as usize).checked_sub(1)?)?.take();
         let slot = slot?;

@@ -20,7 +20,18 @@ use weft::{
 };
 
 const LIVE_MAX: usize = 256;
+/// More than there is room for beside the live ones.
+const CLOSING: usize = 70;
 const HUB: &str = "11.0.0.1:7843";
+
+fn web() -> Open {
+    Open {
+        service: ServiceId { namespace: "shop".into(), name: "web".into() },
+        port: 80,
+        protocol: Protocol::Tcp,
+        endpoint: "10.0.0.1:8080".parse().unwrap(),
+    }
+}
 
 /// One hub, and nodes that reach it without anything between; each pair runs alone.
 struct Star {
@@ -30,6 +41,8 @@ struct Star {
     node: Node,
     count: std::rc::Rc<TunnelCounters>,
     now: Instant,
+    /// So much later the next of what the hub says arrives.
+    late: Duration,
     /// Streams that the hub was asked for: (its key, whose).
     asked: Vec<(u32, String)>,
 }
@@ -48,7 +61,7 @@ impl Star {
         let (mut node, count) = world.node(&cluster, &hub, Vec::new());
         node.set_unix(NOW);
         let now = world.now;
-        Self { world, cluster, hub, node, count, now, asked: Vec::new() }
+        Self { world, cluster, hub, node, count, now, late: Duration::ZERO, asked: Vec::new() }
     }
 
     fn spoke(&mut self, i: usize) -> Spoke {
@@ -75,6 +88,9 @@ impl Star {
                         Output::Send { to: address, segment, .. } => {
                             quiet = false;
                             let segment = segment.unwrap_or(buf.len());
+                            if of_hub {
+                                self.now += std::mem::take(&mut self.late);
+                            }
                             if address == if of_hub { spoke.address } else { hub } {
                                 to.handle_datagrams(self.now, source, &mut buf, segment);
                             }
@@ -99,7 +115,7 @@ impl Star {
         let until = self.now + long;
         while self.now < until {
             let wake = self.drain(spoke);
-            self.now = wake.clamp(self.now + Duration::from_millis(1), until);
+            self.now = wake.min(until).max(self.now + Duration::from_millis(1));
             spoke.node.handle_tick(self.now);
             self.node.handle_tick(self.now);
         }
@@ -107,13 +123,7 @@ impl Star {
 
     /// The spoke opens a stream, and the hub accepts it.
     fn open(&mut self, spoke: &mut Spoke) {
-        let open = Open {
-            service: ServiceId { namespace: "shop".into(), name: "web".into() },
-            port: 80,
-            protocol: Protocol::Tcp,
-            endpoint: "10.0.0.1:8080".parse().unwrap(),
-        };
-        spoke.key = spoke.node.open(self.now, "hub", &open).unwrap();
+        spoke.key = spoke.node.open(self.now, "hub", &web()).unwrap();
         self.run(spoke, SEC / 20);
         let (key, _) = self.asked.last().expect("the stream arrives");
         self.node.answer(*key, &Ok(()));
@@ -164,6 +174,29 @@ fn the_connection_unused_for_longest_makes_room_for_the_257th() {
     assert!(live.len() == LIVE_MAX && live.iter().any(|n| n == "node-3") && !live.iter().any(|n| n == "node-4"));
 }
 
+/// It lasts for three PTOs, and a PTO for what the handshake took: that closing takes longer than these newcomers.
+#[test]
+fn those_that_are_closing_make_room_as_well() {
+    let mut star = Star::new();
+    for i in 0..LIVE_MAX {
+        let mut spoke = star.spoke(i);
+        if i < CLOSING {
+            star.late = SEC / 2;
+        }
+        star.open(&mut spoke);
+        star.close(&mut spoke);
+    }
+    assert_eq!(star.live().len(), LIVE_MAX, "within a minute nobody has gone");
+    for i in 0..CLOSING {
+        let mut spoke = star.spoke(LIVE_MAX + i);
+        spoke.node.open(star.now, "hub", &web()).unwrap();
+        star.run(&mut spoke, SEC / 100);
+        assert_eq!(star.asked.len(), i + 1, "this one has to wait");
+    }
+    assert_eq!((star.live().len(), star.count.connections_displaced.get()), (LIVE_MAX, CLOSING as u64));
+    assert_eq!(star.count.budget_exceeded.get(), 0);
+}
+
 #[test]
 fn where_all_carry_streams_nobody_is_thrown_away() {
     let mut star = Star::new();
@@ -174,13 +207,7 @@ fn where_all_carry_streams_nobody_is_thrown_away() {
         spokes.push(spoke);
     }
     let mut one_more = star.spoke(LIVE_MAX);
-    let open = Open {
-        service: ServiceId { namespace: "shop".into(), name: "web".into() },
-        port: 80,
-        protocol: Protocol::Tcp,
-        endpoint: "10.0.0.1:8080".parse().unwrap(),
-    };
-    let key = one_more.node.open(star.now, "hub", &open).unwrap();
+    let key = one_more.node.open(star.now, "hub", &web()).unwrap();
     star.run(&mut one_more, SEC);
     assert_eq!(star.live().len(), LIVE_MAX);
     let refusal = one_more.node.opened(key).expect("an answer").expect_err("no place").to_string();
