@@ -40,6 +40,8 @@ const RELAY_DATA: u8 = 0x11;
 const DISCO: u8 = 0x10;
 /// Between two handshakes of `many`: there is a budget for them, a tenth of the time.
 const STAGGER: Duration = Duration::from_millis(40);
+/// Before a stream is asked for again, which a full target refuses at once.
+const PAUSE: Duration = Duration::from_secs(1);
 const UNSERVED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 7000);
 /// How often a node writes while it looks for datagrams of a length.
 const BEAT: Duration = Duration::from_millis(5);
@@ -65,6 +67,8 @@ struct Runner {
     stream: Option<u32>,
     /// Whether it keeps the stream, once it is open.
     holds: bool,
+    /// When it opens one again, after one that failed.
+    again: Option<Instant>,
 }
 
 fn unix() -> u64 {
@@ -125,6 +129,7 @@ impl Runner {
             wanted: BTreeSet::new(),
             stream: None,
             holds: true,
+            again: None,
         }
     }
 
@@ -201,6 +206,10 @@ impl Runner {
                 self.stream = None;
             } else if let (Some(Err(_)), Some(key)) = (open, self.stream) {
                 self.node.drop_stream(Instant::now(), key);
+                self.stream = None;
+                self.again = Some(Instant::now() + PAUSE);
+            } else if self.again.is_some_and(|at| at <= Instant::now()) {
+                self.again = None;
                 self.open();
             }
             for (now, was, cell) in [(up, &mut was_up, &tally.registered), (held, &mut was_held, &tally.held)] {
@@ -212,6 +221,7 @@ impl Runner {
                 self.chatter(turn);
             }
             let mut wake = self.drain();
+            wake = wake.min(self.again.unwrap_or(wake));
             if chatty {
                 wake = wake.min(Instant::now() + BEAT);
             }
